@@ -1,0 +1,98 @@
+"""The commands that look at a deployment or change a user."""
+
+import sys
+from datetime import timedelta
+from typing import Literal
+
+import anyio
+
+from authd.accounts import username_key
+from authd.config import Settings
+from authd.errors import Unavailable
+from authd.kafka.producer import Producer
+from authd.postgres.database import open_database
+from authd.postgres.migrate import migrate as run_migrations
+from authd.postgres.revocations import Revocations
+from authd.postgres.users import Users
+from authd.redis.client import open_redis
+from authd.redis.sessions import SessionStore
+from authd.revocations import RevocationFeed
+from authd.runtime import running
+
+
+async def migrate(settings: Settings) -> int:
+    names = await run_migrations(settings)
+    _say("\n".join(f"applied {name}" for name in names) or "The schema is up to date.")
+    return 0
+
+
+async def check(settings: Settings) -> int:
+    """One line for each part; 1 when one is away without which requests fail."""
+    status = 0
+    async with open_database(settings) as database, open_redis(settings) as redis:
+        for part, probe in (("Postgres", Revocations(database).heads), ("Redis", redis.ping)):
+            try:
+                await probe()
+                _say(f"{part}: answers")
+            except Unavailable as error:
+                status = 1
+                _say(f"{part}: away: {error.__cause__!r}")
+    _say(f"Kafka: {await _check_kafka(settings)}")
+    proxies = ", ".join(map(str, settings.trusted_proxies)) or "none: the client's address is the socket's"
+    _say(f"Trusted proxies: {proxies}")
+    return status
+
+
+async def show_user(settings: Settings, username: str) -> int:
+    async with open_database(settings) as database:
+        user = await Users(database).find_by_username_key(username_key(username))
+    if user is None:
+        return _no_user()
+    state = "disabled" if user.disabled else "active"
+    _say(f"{user.id} {user.username} {state}, registered {user.created_at.isoformat()}, version {user.version}")
+    return 0
+
+
+async def disable_user(settings: Settings, username: str) -> int:
+    return await _set_disabled(settings, username, "user_disabled")
+
+
+async def enable_user(settings: Settings, username: str) -> int:
+    return await _set_disabled(settings, username, "user_enabled")
+
+
+async def _set_disabled(settings: Settings, username: str, reason: Literal["user_disabled", "user_enabled"]) -> int:
+    keep = timedelta(seconds=settings.session_ttl_s)
+    async with open_database(settings) as database, open_redis(settings) as redis:
+        row = await Users(database).set_disabled(username_key(username), reason, keep)
+        if row is None:
+            return _no_user("or it is so already")
+        feed = RevocationFeed(Revocations(database), SessionStore(redis, settings), keep)
+        async with running(feed.run):
+            try:
+                await feed.applied(row.bucket, row.number)
+            except Unavailable:
+                _say("Done in Postgres. Redis is away and will be told before it serves this user.")
+                return 0
+    _say("Done.")
+    return 0
+
+
+async def _check_kafka(settings: Settings) -> str:
+    if not settings.kafka_bootstrap_servers:
+        return "none configured: events wait in the outbox"
+    producer = Producer(settings)
+    async with running(producer.run):
+        with anyio.move_on_after(settings.kafka_timeout_s):
+            await producer.wait_connected()
+            return "answers"
+    return "away: events wait in the outbox"
+
+
+def _no_user(more: str = "") -> int:
+    print("authd:", f"No such user{', ' * bool(more)}{more}.", file=sys.stderr)  # noqa: T201
+    return 1
+
+
+def _say(line: str) -> None:
+    print(line)  # noqa: T201

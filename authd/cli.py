@@ -1,0 +1,140 @@
+"""The commands: serve, dev, migrate, check, users."""
+
+import argparse
+import os
+import socket
+import sys
+from collections.abc import Coroutine, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from authd import __version__, admin, runtime
+from authd.config import ConfigError, Settings, load_settings
+from authd.errors import Unavailable
+from authd.observe.logs import start_logs
+from authd.workers import run_workers
+
+#: 0: done; 1: a part failed or refused; 2: the settings or the arguments are unusable.
+OK, FAILED, UNUSABLE = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status of the process."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.command(options)
+        return status
+    except ConfigError as error:
+        return _complain(error.args, UNUSABLE)
+    except KeyboardInterrupt:
+        return FAILED
+    except BaseExceptionGroup as group:
+        errors = list(_leaves(group))
+        if all(isinstance(error, KeyboardInterrupt) for error in errors):
+            return FAILED
+        known = [error for error in errors if isinstance(error, _EXPECTED)]
+        if len(known) < len(errors):
+            raise
+        return _complain([_sentence(error) for error in known], FAILED)
+    except _EXPECTED as error:
+        return _complain([_sentence(error)], FAILED)
+
+
+def listen(bind: str) -> socket.socket:
+    """A listening socket on `host:port`; an IPv6 host stands in brackets.
+
+    :raises ConfigError:
+    """
+    host, _, port = bind.rpartition(":")
+    host = host.strip("[]")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, int(port)), family=family, backlog=runtime.LISTEN_BACKLOG)
+    except OSError as error:
+        raise ConfigError(f"AUTHD_BIND={bind} cannot be listened on: {error.strerror}.") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="authd", description="Authentication service.")
+    parser.add_argument("--version", action="version", version=f"authd {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    serve = commands.add_parser("serve", help="serve, with the settings of the environment and of .env")
+    serve.add_argument("--fd", type=int, help=argparse.SUPPRESS)
+    serve.add_argument("--worker", type=int, default=0, help=argparse.SUPPRESS)
+    serve.set_defaults(command=_serve)
+
+    dev = commands.add_parser("dev", help="serve with an own Postgres, Redis and Kafka, kept in a folder")
+    dev.add_argument("--data", type=Path, default=Path(".authd-dev"), help="the folder (default: .authd-dev)")
+    dev.set_defaults(command=_dev)
+
+    migrate = commands.add_parser("migrate", help="bring the schema up to date (serve does so too)")
+    migrate.set_defaults(command=lambda _: _run(admin.migrate))
+
+    check = commands.add_parser("check", help="say whether the settings are usable and every part answers")
+    check.set_defaults(command=lambda _: _run(admin.check))
+
+    users = commands.add_parser("users", help="look at, disable and enable users").add_subparsers(
+        required=True, metavar="action"
+    )
+    for name, action, help_text in (
+        ("show", admin.show_user, "what is known of a user"),
+        ("disable", admin.disable_user, "refuse its logins and end its sessions, at once and everywhere"),
+        ("enable", admin.enable_user, "let it log in again"),
+    ):
+        user = users.add_parser(name, help=help_text)
+        user.add_argument("username")
+        user.set_defaults(command=lambda options, action=action: _run(partial(action, username=options.username)))
+    return parser
+
+
+def _serve(options: argparse.Namespace) -> int:
+    settings = load_settings(os.environ)
+    start_logs(settings, options.worker)
+    if options.fd is not None:
+        listener = socket.socket(fileno=options.fd)
+    else:
+        listener = listen(settings.bind)
+        if settings.workers > 1:
+            return run_workers(settings, listener)
+    anyio.run(runtime.run, settings, listener, backend_options={"use_uvloop": True})
+    return OK
+
+
+def _dev(options: argparse.Namespace) -> int:
+    from authd.dev import run_dev  # needs the extra `authd[dev]`
+
+    return anyio.run(run_dev, options.data, backend_options={"use_uvloop": True})
+
+
+def _run(command: "partial[Coroutine[Any, Any, int]] | Any") -> int:
+    settings: Settings = load_settings(os.environ)
+    status: int = anyio.run(command, settings, backend_options={"use_uvloop": True})
+    return status
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+_EXPECTED = (Unavailable, *runtime.START_ERRORS)
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, Unavailable):
+        cause = error.__cause__
+        return f"{error.detail} ({type(cause).__name__}: {cause})" if cause is not None else error.detail
+    return str(error) or type(error).__name__
+
+
+def _complain(sentences: Sequence[str], status: int) -> int:
+    for sentence in sentences:
+        print(f"authd: {sentence}", file=sys.stderr)  # noqa: T201
+    return status

@@ -1,0 +1,204 @@
+"""Every setting and limit of authd, with its unit, default and bounds; read and checked as a whole, once.
+
+Settings come from environment variables with the prefix ``AUTHD_`` and from a ``.env`` file; the environment wins.
+An unknown ``AUTHD_`` name is refused: a misspelt limit that silently keeps its default is a limit nobody set.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from dotenv import dotenv_values
+from msgspec import Meta
+
+PREFIX = "AUTHD_"
+SECRET_BYTES_MIN = 32
+
+#: Buckets that users, streams, throttle counters, outbox lanes and the revocation log are divided into. Part of every
+#: key in Redis and every row of the log: fixed for the life of a deployment.
+BUCKETS = 256
+
+Network = IPv4Network | IPv6Network
+Seconds = Annotated[int, Meta(ge=1, le=366 * 86_400)]
+Timeout = Annotated[float, Meta(gt=0, le=300)]
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+
+
+class ConfigError(Exception):
+    """The settings cannot be used. Each argument is one sentence that names the setting."""
+
+
+class Secret:
+    """A string that never shows in a repr, a log or a traceback; `reveal()` at the one place that needs it."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __bool__(self) -> bool:
+        return bool(self._value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and self._value == other._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    def __repr__(self) -> str:
+        return "Secret(***)" if self._value else "Secret()"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of one authd process. A field `x_y` is read from `AUTHD_X_Y`; units stand last in the name."""
+
+    # The edge
+    bind: Annotated[str, Meta(pattern=r"^.+:\d{1,5}$")] = "0.0.0.0:8000"
+    workers: Annotated[int, Meta(ge=1, le=64)] = 1
+    trusted_proxies: tuple[Network, ...] = ()
+    request_timeout_s: Timeout = 15.0
+    drain_s: Timeout = 20.0
+    start_timeout_s: Timeout = 60.0
+    body_max_bytes: Annotated[int, Meta(ge=4096, le=1_048_576)] = 16_384
+    header_max_bytes: Annotated[int, Meta(ge=4096, le=262_144)] = 16_384
+
+    # The stores
+    database_url: Secret
+    database_pool_max: Annotated[int, Meta(ge=2, le=200)] = 10
+    database_timeout_s: Timeout = 3.0
+    redis_url: Secret
+    redis_pool_max: Annotated[int, Meta(ge=2, le=1000)] = 64
+    redis_timeout_s: Timeout = 1.0
+    deployment: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,32}$")] = "main"
+    user_cache_ttl_s: Seconds = 3600
+
+    # Events
+    kafka_bootstrap_servers: tuple[str, ...] = ()
+    kafka_registration_topic: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,249}$")] = "uploading_data"
+    kafka_registration_key: Annotated[str, Meta(min_length=1, max_length=256)] = "new_user"
+    kafka_timeout_s: Timeout = 10.0
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    kafka_username: str = ""
+    kafka_password: Secret = Secret("")
+    kafka_ca_file: str = ""
+    stream_max: Count = 10_000
+
+    # Tokens and sessions
+    jwt_algorithm: Literal["ES256", "Ed25519", "HS256"] = "ES256"
+    jwt_secret: Secret = Secret("")
+    issuer: Annotated[str, Meta(min_length=1, max_length=256)] = "authd"
+    audience: Annotated[str, Meta(max_length=256)] = ""
+    access_ttl_s: Seconds = 1800
+    refresh_ttl_s: Seconds = 30 * 86_400
+    refresh_grace_s: Annotated[int, Meta(ge=0, le=300)] = 10
+    session_ttl_s: Seconds = 180 * 86_400
+    session_policy: Literal["evict_oldest", "refuse"] = "evict_oldest"
+    max_active_sessions: Annotated[int, Meta(ge=1, le=100)] = 10
+    secret: Secret
+    secret_previous: Secret = Secret("")
+
+    # The defence of login
+    max_login_attempts: Annotated[int, Meta(ge=1, le=1000)] = 15
+    lockout_s: Seconds = 300
+    account_max_failures: Annotated[int, Meta(ge=1, le=10_000)] = 100
+    address_max_failures: Annotated[int, Meta(ge=1, le=100_000)] = 300
+    bcrypt_cost: Annotated[int, Meta(ge=4, le=18)] = 12
+    hash_threads: Annotated[int, Meta(ge=0, le=256)] = 0
+    hash_queue_max: Count = 256
+    hash_deadline_s: Timeout = 10.0
+
+    # Logs
+    log_dir: str = "media/logs"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_days: Annotated[int, Meta(ge=1, le=3650)] = 14
+
+    @property
+    def hash_threads_per_worker(self) -> int:
+        """Threads that hash in this process: the setting, or the cores, divided by the workers."""
+        return max(1, (self.hash_threads or os.cpu_count() or 1) // self.workers)
+
+    @property
+    def database_pool_per_worker(self) -> int:
+        return max(2, self.database_pool_max // self.workers)
+
+    @property
+    def redis_pool_per_worker(self) -> int:
+        return max(2, self.redis_pool_max // self.workers)
+
+
+def load_settings(environ: Mapping[str, str], *, env_file: Path = Path(".env")) -> Settings:
+    """Read the settings from `environ` over `env_file`.
+
+    :raises ConfigError: with one sentence for each setting that is missing, unknown or out of bounds.
+    """
+    return parse_settings(read_values(environ, env_file=env_file))
+
+
+def read_values(environ: Mapping[str, str], *, env_file: Path = Path(".env")) -> dict[str, str]:
+    """The texts of all `AUTHD_…` names in `environ` and, where it has them not, in `env_file`."""
+    # Without interpolation: a secret may hold a dollar sign.
+    values = {name: value or "" for name, value in dotenv_values(env_file, interpolate=False).items()} | dict(environ)
+    return {name: value for name, value in values.items() if name.startswith(PREFIX)}
+
+
+def parse_settings(values: Mapping[str, str]) -> Settings:
+    """Settings from `AUTHD_…` names and their texts; see `load_settings`."""
+    fields = {PREFIX + field.name.upper(): field for field in msgspec.structs.fields(Settings)}
+    problems = [f"{name} is not a setting of authd." for name in sorted(values.keys() - fields.keys())]
+    parsed: dict[str, Any] = {}
+    for name, field in fields.items():
+        text = values.get(name, "").strip()
+        if not text:
+            if field.required:
+                problems.append(f"{name} is required.")
+            continue
+        try:
+            parsed[field.name] = _parse(text, field.type)
+        except ValueError as error:  # msgspec.ValidationError is one
+            problems.append(f"{name} is not usable: {error}.")
+    if problems:
+        raise ConfigError(*problems)
+    settings = Settings(**parsed)
+    problems = list(_contradictions(settings))
+    if problems:
+        raise ConfigError(*problems)
+    return settings
+
+
+def _parse(text: str, kind: Any) -> Any:
+    if kind is Secret:
+        return Secret(text)
+    if kind == tuple[str, ...]:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if kind == tuple[Network, ...]:
+        return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
+    return msgspec.convert(text, kind, strict=False)
+
+
+def _contradictions(settings: Settings) -> Iterator[str]:
+    for name, secret in (("AUTHD_SECRET", settings.secret), ("AUTHD_SECRET_PREVIOUS", settings.secret_previous)):
+        if secret and len(secret.reveal().encode()) < SECRET_BYTES_MIN:
+            yield f"{name} must have at least {SECRET_BYTES_MIN} bytes."
+    if settings.jwt_algorithm == "HS256":
+        if len(settings.jwt_secret.reveal().encode()) < SECRET_BYTES_MIN:
+            yield f"AUTHD_JWT_SECRET must have at least {SECRET_BYTES_MIN} bytes with AUTHD_JWT_ALGORITHM=HS256."
+        # Every downstream service holds the JWT secret; it must not open the key ring.
+        if settings.jwt_secret in (settings.secret, settings.secret_previous):
+            yield "AUTHD_JWT_SECRET must differ from AUTHD_SECRET: services that hold it would hold the master key."
+    elif settings.jwt_secret:
+        yield f"AUTHD_JWT_SECRET is only for AUTHD_JWT_ALGORITHM=HS256, which is {settings.jwt_algorithm}."
+    if settings.hash_deadline_s >= settings.request_timeout_s:
+        yield "AUTHD_HASH_DEADLINE_S must be below AUTHD_REQUEST_TIMEOUT_S."
+    if settings.kafka_security_protocol.startswith("SASL") and not (
+        settings.kafka_username and settings.kafka_password
+    ):
+        yield "AUTHD_KAFKA_USERNAME and AUTHD_KAFKA_PASSWORD are required with AUTHD_KAFKA_SECURITY_PROTOCOL=SASL_*."
+    if int(settings.bind.rpartition(":")[2]) > 65_535:
+        yield "AUTHD_BIND has a port above 65535."

@@ -1,0 +1,284 @@
+"""Moves events from the outbox to Kafka: at least once, each user's events in the order of their commits.
+
+What waits is in the outbox and nowhere else; this process only remembers which lanes to look into. So the queue may
+be full, a task cancelled, or the process killed at any point: an event is then sent later, or twice.
+"""
+
+import math
+from collections.abc import Sequence
+
+import anyio
+import msgspec
+import structlog
+from anyio import TASK_STATUS_IGNORED, CancelScope, create_task_group
+from anyio.abc import TaskStatus
+
+from authd.config import BUCKETS, Settings
+from authd.errors import Unavailable
+from authd.events import Event
+from authd.kafka.producer import END_TIMEOUT_S, Backoff, BrokerAway, Producer, RecordRefused
+from authd.observe import metrics
+from authd.postgres.outbox import LANE_ROWS, Outbox, OutboxRow
+
+#: Also the longest time that an event waits for a lane that another replica held when it was offered.
+SWEEP_S = 2.0
+MEASURE_S = 10.0
+#: How long a lane is sent before its acknowledged rows are committed away.
+LANE_SEND_S = 5.0
+#: How long a drain starts to send more rows. Shorter than the time the runtime gives it.
+FLUSH_S = 4.0
+PROBE_DELAY_MIN_S = 0.2
+PROBE_DELAY_MAX_S = 5.0
+#: A user whose next event was refused is left out for this long.
+HOLD_MIN_S = 1.0
+HOLD_MAX_S = 300.0
+#: Users remembered as held; beyond it the one held longest is tried again early.
+HELD_USERS_MAX = 1000
+#: One of so many pooled connections may wait for Kafka: the rest are for requests.
+POOL_SHARE = 4
+
+_log = structlog.get_logger()
+
+
+class Publisher:
+    """Sends the lanes that are offered to it. Lanes go in parallel, in this process one sender to a lane."""
+
+    def __init__(self, settings: Settings, outbox: Outbox, producer: Producer, *, queue_max: int = BUCKETS) -> None:
+        self._outbox = outbox
+        self._producer = producer
+        self._registration = (settings.kafka_registration_topic, settings.kafka_registration_key.encode())
+        self._senders = max(1, settings.database_pool_per_worker // POOL_SHARE)
+        # Everything inside a lane's transaction has a deadline of its own; this one is for a frozen Postgres.
+        self._lane_timeout_s = (
+            LANE_SEND_S + settings.kafka_timeout_s + 2 * END_TIMEOUT_S + 2 * settings.database_timeout_s
+        )
+        self._queue_max = queue_max
+        # Lanes to look into, oldest offer first. A lane stands here once, however often it is offered.
+        self._offered: dict[int, None] = {}
+        self._busy: set[int] = set()
+        self._changed = anyio.Event()
+        self._closed = False
+        self._stop_at = math.inf
+        self._drained = anyio.Event()
+        self._waits: set[CancelScope] = set()
+        # Why the last lane was given up. Until a lane goes well, one lane at a time is tried.
+        self._trouble: str | None = None
+        self._probe_at = 0.0
+        self._probe_backoff = Backoff(PROBE_DELAY_MIN_S, PROBE_DELAY_MAX_S)
+        self._held: dict[int, _Hold] = {}
+
+    def offer(self, lane: int) -> None:
+        """Look into this lane soon. Never blocks or raises; what a full or closed queue drops, a sweep finds."""
+        if not self._closed:
+            self._push(lane)
+
+    async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
+        """Send lanes until drained or cancelled. Ready at once: the stores may come later."""
+        async with create_task_group() as helpers:
+            helpers.start_soon(self._sweep)
+            helpers.start_soon(self._measure)
+            async with create_task_group() as senders:
+                for _ in range(self._senders):
+                    senders.start_soon(self._send_lanes)
+                task_status.started()
+            helpers.cancel_scope.cancel()
+        self._drained.set()
+
+    async def drain(self, flush_s: float = FLUSH_S) -> None:
+        """Take no more offers, let `run` return by itself, and return when it has: when the lanes offered so far are
+        sent, or after `flush_s` and what is unanswered then (at most `kafka_timeout_s`), or at once while Kafka or
+        Postgres is away. Cancelling this and `run` before that loses nothing; what was just sent is then sent again.
+        """
+        self._closed = True
+        self._stop_at = anyio.current_time() + flush_s
+        for scope in self._waits:
+            scope.cancel()
+        self._notify()
+        await self._drained.wait()
+
+    async def _sweep(self) -> None:
+        """Offer every lane that has rows: those of other processes, of before the start, and of dropped offers."""
+        while True:
+            try:
+                lanes = await self._outbox.waiting_lanes()
+            except Unavailable as error:
+                metrics.unavailable.labels(error.part).inc()
+                lanes = []
+            for lane in lanes:
+                # Unlike offer, wait for room: a short queue would else always get the same first lanes.
+                while len(self._offered) >= self._queue_max and lane not in self._offered:
+                    await self._changed.wait()
+                self.offer(lane)
+            await anyio.sleep(SWEEP_S)
+
+    async def _measure(self) -> None:
+        while True:
+            try:
+                backlog = await self._outbox.backlog()
+            except Unavailable as error:
+                metrics.unavailable.labels(error.part).inc()
+            else:
+                metrics.outbox_events.set(backlog.events)
+                metrics.outbox_oldest_seconds.set(backlog.oldest_s)
+            await anyio.sleep(MEASURE_S)
+
+    async def _send_lanes(self) -> None:
+        while (lane := await self._take_lane()) is not None:
+            try:
+                if await self._wait_until_promising():
+                    await self._send_lane(lane)
+            finally:
+                self._busy.discard(lane)
+                self._notify()
+
+    async def _take_lane(self) -> int | None:
+        """The next lane, marked busy; None when closed and done."""
+        while True:
+            is_probing = self._trouble is not None and bool(self._busy)
+            lane = next((lane for lane in self._offered if lane not in self._busy), None)
+            if self._closed and (lane is None or self._trouble is not None or anyio.current_time() >= self._stop_at):
+                return None
+            if lane is not None and not is_probing:
+                del self._offered[lane]
+                self._busy.add(lane)
+                self._notify()  # there is room for the sweeper
+                return lane
+            await self._changed.wait()
+
+    async def _wait_until_promising(self) -> bool:
+        """Wait, without a transaction, for the producer and for the end of the last failure's delay.
+
+        False where the publisher was closed meanwhile.
+        """
+        with CancelScope() as scope:
+            if self._closed and not self._producer.connected:
+                return False
+            self._waits.add(scope)
+            try:
+                if self._trouble is not None:
+                    await anyio.sleep_until(self._probe_at)
+                await self._producer.wait_connected()
+                return True
+            finally:
+                self._waits.discard(scope)
+        return False
+
+    async def _send_lane(self, lane: int) -> None:
+        outcome = _Outcome()
+        try:
+            async with self._outbox.lane(lane, self._lane_timeout_s, self._held_users(lane)) as held:
+                # None: another replica sends it. It may have looked before our row was there; the sweeper will tell.
+                if held is not None and held.rows:
+                    await self._send_rows(held.rows, outcome)
+                    if outcome.acknowledged:
+                        await held.delete(outcome.acknowledged)
+                    outcome.has_more |= len(held.rows) == LANE_ROWS
+        except Unavailable as error:
+            metrics.unavailable.labels(error.part).inc()
+            self._give_up(lane, "postgres_away", error.code)
+            return
+        if outcome.away is not None:
+            self._give_up(lane, "broker_away", str(outcome.away))
+            return
+        # An empty lane says that Postgres is back, and nothing of the broker.
+        if self._trouble == "postgres_away" or (self._trouble is not None and outcome.has_answer):
+            _log.info("publisher_recovered", trouble=self._trouble)
+            self._trouble = None
+            self._probe_backoff.reset()
+        if outcome.has_more:
+            self._push(lane)
+
+    async def _send_rows(self, rows: Sequence[OutboxRow], outcome: "_Outcome") -> None:
+        """Send each user's rows one after the other, and users side by side."""
+        rows_by_user: dict[int, list[OutboxRow]] = {}
+        for row in rows:
+            rows_by_user.setdefault(row.event.user_id, []).append(row)
+        stop_at = anyio.current_time() + LANE_SEND_S
+        async with create_task_group() as group:
+            for user_rows in rows_by_user.values():
+                group.start_soon(self._send_user, user_rows, outcome, stop_at)
+
+    async def _send_user(self, rows: Sequence[OutboxRow], outcome: "_Outcome", stop_at: float) -> None:
+        for row in rows:
+            if outcome.away is not None:
+                return
+            if anyio.current_time() >= min(stop_at, self._stop_at):
+                outcome.has_more = True
+                return
+            try:
+                await self._send(row.event)
+            except BrokerAway as error:
+                outcome.away = error
+                return
+            except RecordRefused as error:
+                # The user's later rows stay behind it: sent ahead, they would arrive out of order.
+                outcome.has_answer = True
+                self._hold(row.event, str(error))
+                return
+            outcome.has_answer = True
+            outcome.acknowledged.append(row.id)
+            self._held.pop(row.event.user_id, None)
+            metrics.events_published.labels(row.event.type).inc()
+
+    async def _send(self, event: Event) -> None:
+        match event.channel:
+            case "registration":
+                topic, key = self._registration
+            case _:
+                # Written by a newer replica during a roll-out: it waits until that one sends it.
+                raise RecordRefused("unknown channel")
+        await self._producer.send(event, topic, key)
+
+    def _push(self, lane: int) -> None:
+        if len(self._offered) < self._queue_max:
+            self._offered[lane] = None
+            self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    def _give_up(self, lane: int, trouble: str, reason: str) -> None:
+        """Keep the lane for later. Its unsent rows are in the outbox."""
+        self._trouble = trouble
+        self._probe_at = anyio.current_time() + self._probe_backoff.next_s()
+        metrics.publish_failures.labels(trouble).inc()
+        _log.warning("lane_given_up", lane=lane, trouble=trouble, reason=reason)
+        self._push(lane)
+
+    def _hold(self, event: Event, reason: str) -> None:
+        """Leave the user out for a while, so that a refused event is tried now and then and keeps up nobody else."""
+        hold = self._held.pop(event.user_id, None) or _Hold(Backoff(HOLD_MIN_S, HOLD_MAX_S), 0.0)
+        delay_s = hold.backoff.next_s()
+        if len(self._held) >= HELD_USERS_MAX:
+            del self._held[next(iter(self._held))]
+        self._held[event.user_id] = _Hold(hold.backoff, anyio.current_time() + delay_s)
+        metrics.publish_failures.labels("refused").inc()
+        _log.error(
+            "event_refused",
+            event_id=str(event.id),
+            event_type=event.type,
+            user_id=event.user_id,
+            reason=reason,
+            retry_s=round(delay_s, 1),
+        )
+
+    def _held_users(self, lane: int) -> list[int]:
+        now = anyio.current_time()
+        return [user for user, hold in self._held.items() if user % BUCKETS == lane and hold.until > now]
+
+
+class _Outcome(msgspec.Struct):
+    """What became of a lane's rows. `has_answer`: the broker said something of at least one."""
+
+    acknowledged: list[int] = []
+    away: BrokerAway | None = None
+    has_answer: bool = False
+    has_more: bool = False
+
+
+class _Hold(msgspec.Struct):
+    """`until` is in seconds of the event loop's clock."""
+
+    backoff: Backoff
+    until: float

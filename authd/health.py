@@ -1,0 +1,69 @@
+"""Which parts answer, looked at by a task and not by whoever asks: a flood of probes costs the stores nothing."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Literal
+
+import anyio
+import msgspec
+import structlog
+from anyio.abc import TaskStatus
+
+from authd.errors import Unavailable
+
+PROBE_INTERVAL_S = 1.0
+
+_log = structlog.get_logger()
+
+
+class Report(msgspec.Struct, frozen=True):
+    """`status` is `unready` when a part is away without which requests fail; `degraded` when only events wait."""
+
+    status: Literal["ready", "degraded", "draining", "unready"]
+    parts: dict[str, bool]
+
+    @property
+    def is_ready(self) -> bool:
+        return self.status in ("ready", "degraded")
+
+
+class Health:
+    """`required` parts are probed; each probe raises `Unavailable` within its own deadline. `events` is only asked."""
+
+    def __init__(self, required: Mapping[str, Callable[[], Awaitable[object]]], events: Callable[[], bool]) -> None:
+        self._required = required
+        self._events = events
+        self._parts = dict.fromkeys(required, False)
+        self.is_draining = False
+
+    async def run(self, *, task_status: TaskStatus[None]) -> None:
+        await self._probe_all()
+        task_status.started()
+        while True:
+            await anyio.sleep(PROBE_INTERVAL_S)
+            await self._probe_all()
+
+    def report(self) -> Report:
+        parts = {**self._parts, "events": self._events()}
+        if self.is_draining:
+            return Report("draining", parts)
+        if not all(self._parts.values()):
+            return Report("unready", parts)
+        return Report("ready" if parts["events"] else "degraded", parts)
+
+    async def _probe_all(self) -> None:
+        async with anyio.create_task_group() as group:
+            for part in self._required:
+                group.start_soon(self._probe, part)
+
+    async def _probe(self, part: str) -> None:
+        try:
+            await self._required[part]()
+        except Unavailable as error:
+            answers = False
+            cause = repr(error.__cause__)
+        else:
+            answers, cause = True, ""
+        if answers != self._parts[part]:
+            log = _log.info if answers else _log.error
+            log("part_back" if answers else "part_away", part=part, cause=cause)
+        self._parts[part] = answers

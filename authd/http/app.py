@@ -1,0 +1,116 @@
+"""The Quart application: one deadline, one log line and one form of error for every request."""
+
+import re
+import secrets
+import time
+from collections.abc import Sequence
+
+import anyio
+import structlog
+from quart import Blueprint, Quart, Request, Response
+from quart.typing import ResponseTypes
+from werkzeug.exceptions import HTTPException
+
+from authd.config import Settings
+from authd.errors import Refusal, Unavailable
+from authd.http.problems import ProblemResponse, deadline_response, problem_response, refusal_response
+from authd.observe import metrics
+
+#: Every answer is data: nothing in it may be sniffed, framed or run.
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+#: Asked every few seconds by machines: a line for each would bury the rest.
+_PROBES = {"/livez", "/readyz", "/metrics"}
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 408: "body_timeout", 413: "body_too_large"}
+
+_log = structlog.get_logger()
+
+
+class App(Quart):
+    """`inflight` holds the scope of every request that is being answered: cancelling them ends the drain."""
+
+    def __init__(self, settings: Settings, blueprints: Sequence[Blueprint]) -> None:
+        super().__init__("authd", static_folder=None, template_folder=None)
+        self.inflight: set[anyio.CancelScope] = set()
+        self._timeout_s = settings.request_timeout_s
+        self.config["MAX_CONTENT_LENGTH"] = settings.body_max_bytes
+        self.config["BODY_TIMEOUT"] = settings.request_timeout_s
+        self.config["RESPONSE_TIMEOUT"] = settings.request_timeout_s
+        for blueprint in blueprints:
+            self.register_blueprint(blueprint)
+        self.register_error_handler(Refusal, _on_refusal)
+        self.register_error_handler(HTTPException, _on_http_exception)
+        self.register_error_handler(Exception, _on_fault)
+
+    async def handle_request(self, request: Request) -> ResponseTypes:
+        # Runs in the handler's own task, outside every hook. A deadline in a hook or around the ASGI call would answer
+        # while the view ran on.
+        started = time.perf_counter()
+        request_id = request.headers.get("X-Request-ID", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = secrets.token_hex(8)
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        response: ResponseTypes | None = None
+        try:
+            with anyio.CancelScope(deadline=anyio.current_time() + self._timeout_s) as scope:
+                self.inflight.add(scope)
+                try:
+                    response = await super().handle_request(request)
+                finally:
+                    self.inflight.discard(scope)
+            if response is None:
+                response = deadline_response()
+            response.headers["X-Request-ID"] = request_id
+            response.headers.update(SECURITY_HEADERS)
+            return response
+        finally:
+            _record(request, response, time.perf_counter() - started)
+
+
+def _record(request: Request, response: ResponseTypes | None, seconds: float) -> None:
+    # No response: the client hung up (nginx's 499).
+    status = response.status_code if response is not None else 499
+    code = response.code if isinstance(response, ProblemResponse) else None
+    route = request.url_rule.rule if request.url_rule is not None else "unmatched"
+    metrics.requests.labels(route, request.method if request.url_rule else "-", status).inc()
+    metrics.request_seconds.labels(route).observe(seconds)
+    if code is not None:
+        metrics.refusals.labels(code).inc()
+    peer = (request.scope.get("client") or ("",))[0]
+    fields = {"code": code} if code is not None else {}
+    log = _log.debug if route in _PROBES and status < 400 else _log.info
+    log(
+        "request",
+        method=request.method,
+        route=route,
+        status=status,
+        ms=round(seconds * 1000, 1),
+        peer=peer,
+        **fields,
+    )
+
+
+async def _on_refusal(refusal: Refusal) -> Response:
+    if isinstance(refusal, Unavailable):
+        metrics.unavailable.labels(refusal.part).inc()
+        _log.warning("unavailable", part=refusal.part, cause=repr(refusal.__cause__) if refusal.__cause__ else None)
+    return refusal_response(refusal)
+
+
+async def _on_http_exception(error: HTTPException) -> Response:
+    status = error.code or 500
+    code = _HTTP_CODES.get(status, "malformed_request" if status < 500 else "internal_error")
+    response = problem_response(code, error.name + ".")
+    if status == 405:
+        response.headers["Allow"] = ", ".join(sorted(getattr(error, "valid_methods", None) or ()))
+    return response
+
+
+async def _on_fault(error: Exception) -> Response:
+    _log.error("fault", exc_info=error)
+    return problem_response("internal_error", "Something went wrong on our side.")

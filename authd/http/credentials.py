@@ -1,0 +1,48 @@
+"""Register, log in, refresh, log out, and who am I."""
+
+from quart import Blueprint, Response, request
+
+from authd.accounts import Accounts
+from authd.config import Settings
+from authd.http.client import bearer_token, find_client
+from authd.http.wire import RefreshRequest, RegisterRequest, StatusReply, json_response, read_form, read_json
+from authd.sessions import Sessions, TokenPair
+
+
+def make_credentials(settings: Settings, accounts: Accounts, sessions: Sessions) -> Blueprint:
+    routes = Blueprint("credentials", __name__, url_prefix="/auth")
+
+    @routes.post("/register")
+    async def register() -> Response:
+        body = await read_json(request, RegisterRequest)
+        profile = await accounts.register(body.username, body.password, body.full_name or "")
+        return json_response(profile, 201)
+
+    @routes.post("/login")
+    async def login() -> Response:
+        form = await read_form(request, "username", "password")
+        client = find_client(request, settings.trusted_proxies)
+        return _tokens(await sessions.login(form["username"], form["password"], client))
+
+    @routes.post("/refresh_token")
+    async def refresh_token() -> Response:
+        body = await read_json(request, RefreshRequest)
+        client = find_client(request, settings.trusted_proxies)
+        return _tokens(await sessions.refresh(body.refresh_token, client))
+
+    @routes.post("/logout")
+    async def logout() -> Response:
+        await sessions.end_all(bearer_token(request))
+        return json_response(StatusReply())
+
+    @routes.get("/me")
+    async def me() -> Response:
+        return json_response(await sessions.profile(bearer_token(request)))
+
+    return routes
+
+
+def _tokens(pair: TokenPair) -> Response:
+    response = json_response(pair)
+    response.headers["Cache-Control"] = "no-store"
+    return response

@@ -1,0 +1,80 @@
+"""The one map from what the domain refuses to what HTTP says (RFC 9457)."""
+
+from typing import Any
+
+import msgspec
+from quart import Response
+
+from authd.errors import InvalidRequest, Refusal, Unavailable
+
+MEDIA_TYPE = "application/problem+json"
+
+#: Each code's status and title. A code that is missing here is a test failure.
+PROBLEMS: dict[str, tuple[int, str]] = {
+    "malformed_request": (422, "Malformed request"),
+    "unsupported_media_type": (415, "Unsupported media type"),
+    "invalid_request": (422, "Invalid request"),
+    "username_taken": (409, "Username taken"),
+    "invalid_credentials": (401, "Invalid credentials"),
+    "login_locked": (429, "Login locked"),
+    "token_missing": (401, "Authentication required"),
+    "token_invalid": (401, "Invalid access token"),
+    "refresh_token_invalid": (401, "Invalid refresh token"),
+    "refresh_token_expired": (401, "Expired refresh token"),
+    "refresh_token_superseded": (401, "Superseded refresh token"),
+    "refresh_token_reused": (401, "Reused refresh token"),
+    "session_ended": (401, "Session ended"),
+    "session_evicted": (401, "Session ended"),
+    "user_disabled": (403, "User disabled"),
+    "session_limit": (403, "Session limit"),
+    "user_store_unavailable": (503, "Service unavailable"),
+    "session_store_unavailable": (503, "Service unavailable"),
+    "login_busy": (503, "Service unavailable"),
+    "deadline_exceeded": (503, "Service unavailable"),
+    "not_found": (404, "Not found"),
+    "method_not_allowed": (405, "Method not allowed"),
+    "body_too_large": (413, "Body too large"),
+    "body_timeout": (408, "Body timeout"),
+    "internal_error": (500, "Internal error"),
+}
+
+
+class ProblemResponse(Response):
+    """Keeps the code for the request's log line and metric."""
+
+    code: str
+
+
+def refusal_response(refusal: Refusal) -> Response:
+    """The answer to a refused request."""
+    extra: dict[str, Any] = {}
+    if isinstance(refusal, InvalidRequest):
+        extra["errors"] = [{"field": field, "detail": detail} for field, detail in refusal.errors.items()]
+    response = problem_response(refusal.code, refusal.detail, **extra)
+    if refusal.retry_after_s is not None:
+        response.headers["Retry-After"] = str(refusal.retry_after_s)
+    if response.status_code == 401:
+        # RFC 6750: a request without a token gets no error code.
+        error = ', error="invalid_token"' if refusal.code == "token_invalid" else ""
+        response.headers["WWW-Authenticate"] = f'Bearer realm="authd"{error}'
+    return response
+
+
+def problem_response(code: str, detail: str, **extra: Any) -> ProblemResponse:
+    status, title = PROBLEMS[code]
+    problem = {
+        "type": f"urn:authd:problem:{code}",
+        "title": title,
+        "status": status,
+        "detail": detail,
+        "code": code,
+        **extra,
+    }
+    response = ProblemResponse(msgspec.json.encode(problem), status, content_type=MEDIA_TYPE)
+    response.headers["Cache-Control"] = "no-store"
+    response.code = code
+    return response
+
+
+def deadline_response() -> Response:
+    return refusal_response(Unavailable("deadline"))

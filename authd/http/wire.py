@@ -1,0 +1,96 @@
+"""What comes over the wire and how it is read: structs for JSON, one reader for forms."""
+
+from typing import TypeVar
+from urllib.parse import parse_qsl
+
+import msgspec
+from quart import Request, Response
+
+from authd.errors import InvalidRequest, MalformedRequest, Refusal
+
+FORM_FIELDS_MAX = 32
+
+
+class RegisterRequest(msgspec.Struct):
+    username: str
+    password: str
+    full_name: str | None = None
+
+
+class RefreshRequest(msgspec.Struct):
+    refresh_token: str
+
+
+class StatusReply(msgspec.Struct):
+    status: str = "success"
+
+
+class UnsupportedMediaType(Refusal):
+    code = "unsupported_media_type"
+
+    def __init__(self, wanted: str) -> None:
+        self.detail = f"The body must be {wanted}."
+        super().__init__()
+
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+
+
+async def read_json(request: Request, kind: type[Body]) -> Body:
+    """The body as `kind`; unknown fields are ignored, as old clients expect.
+
+    :raises UnsupportedMediaType, MalformedRequest, InvalidRequest:
+    """
+    # Old clients may name no type at all.
+    if request.mimetype and request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
+        raise UnsupportedMediaType("application/json")
+    body = bytes(await request.get_data(cache=False, as_text=False))  # type: ignore[arg-type]
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError:
+        raise _field_errors(body, kind) from None
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        raise MalformedRequest("The body is not JSON in UTF-8.") from None
+
+
+async def read_form(request: Request, *required: str) -> dict[str, str]:
+    """The fields of an urlencoded form. An empty value counts as missing (RFC 6749, 3.1).
+
+    :raises UnsupportedMediaType, MalformedRequest, InvalidRequest: the last also for a field given twice.
+    """
+    if request.mimetype != "application/x-www-form-urlencoded":
+        raise UnsupportedMediaType("application/x-www-form-urlencoded")
+    body = bytes(await request.get_data(cache=False, as_text=False))  # type: ignore[arg-type]
+    try:
+        pairs = parse_qsl(body.decode(), errors="strict", max_num_fields=FORM_FIELDS_MAX)
+    except ValueError:
+        raise MalformedRequest("The body is not an urlencoded form in UTF-8.") from None
+    fields = dict(pairs)
+    errors = {name: "This field is required." for name in required if name not in fields}
+    names = [name for name, _ in pairs]
+    errors |= {name: "This field stands more than once." for name in required if names.count(name) > 1}
+    if errors:
+        raise InvalidRequest(errors)
+    return fields
+
+
+def json_response(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, content_type="application/json")
+
+
+def _field_errors(body: bytes, kind: type[msgspec.Struct]) -> Refusal:
+    """Every field that is missing or of a wrong type: msgspec itself stops at the first."""
+    raw = msgspec.json.decode(body)
+    if not isinstance(raw, dict):
+        return MalformedRequest("The body is not a JSON object.")
+    errors = {}
+    for field in msgspec.structs.fields(kind):
+        if field.encode_name not in raw:
+            if field.required:
+                errors[field.encode_name] = "This field is required."
+            continue
+        try:
+            msgspec.convert(raw[field.encode_name], field.type)
+        except msgspec.ValidationError:
+            errors[field.encode_name] = "This field has a wrong type."
+    return InvalidRequest(errors)

@@ -1,0 +1,1 @@
+"""The room of Kafka, which tells. The only home of aiokafka."""

@@ -1,0 +1,27 @@
+-- name: add_revocation
+-- The next number of the bucket, taken in the caller's transaction: the head's row lock orders the commits, so numbers
+-- appear without gaps. A transaction locks users before heads, everywhere.
+WITH head AS (
+    UPDATE revocation_heads SET last_number = last_number + 1 WHERE bucket = $1 RETURNING last_number
+)
+INSERT INTO revocations (bucket, number, user_id, session_id, epoch, reason, expires_at)
+SELECT $1, last_number, $2, $3, $4, $5, now() + $6 FROM head
+RETURNING number;
+
+-- name: list_heads
+SELECT bucket, last_number FROM revocation_heads WHERE last_number > 0;
+
+-- name: list_revocations_after
+-- What Redis has not applied yet, oldest first, and the bucket's head: rows that have expired are gone from between.
+SELECT h.last_number AS head, r.number, r.user_id, r.session_id, r.epoch, r.reason, r.expires_at
+FROM revocation_heads h
+LEFT JOIN LATERAL (
+    SELECT * FROM revocations WHERE bucket = h.bucket AND number > $2 ORDER BY number LIMIT $3
+) r ON true
+WHERE h.bucket = $1
+ORDER BY r.number;
+
+-- name: delete_expired_revocations
+DELETE FROM revocations WHERE ctid = ANY (ARRAY(
+    SELECT ctid FROM revocations WHERE expires_at < now() ORDER BY expires_at LIMIT $1
+));

@@ -1,0 +1,98 @@
+"""The users, and the endings of sessions that a change of the user brings."""
+
+from datetime import datetime, timedelta
+from typing import Literal
+
+import msgspec
+
+from authd.config import BUCKETS
+from authd.events import user_registered
+from authd.postgres.database import Connection, Database
+from authd.postgres.outbox import add_event
+from authd.postgres.queries import load_queries
+from authd.postgres.revocations import Revoked, add_revocation
+
+_QUERIES = load_queries("users.sql")
+
+
+class User(msgspec.Struct, frozen=True, kw_only=True):
+    """A user's row. `revocation` is the bucket's last revocation number, read in the same snapshot."""
+
+    id: int
+    username: str
+    full_name: str
+    password_hash: str
+    version: int
+    epoch: int
+    disabled: bool
+    created_at: datetime
+    revocation: int
+
+    def __repr__(self) -> str:
+        return f"User({self.id})"
+
+
+class NewUser(msgspec.Struct, frozen=True, kw_only=True):
+    """What a registration wrote."""
+
+    id: int
+    username: str
+    full_name: str
+    created_at: datetime
+
+
+class Users:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def insert(self, username: str, username_key: str, full_name: str, password_hash: str) -> NewUser | None:
+        """Add the user and its `user.registered` event in one transaction; None where the username is taken."""
+        async with self._database.transaction() as connection:
+            row = await connection.fetchrow(_QUERIES["insert_user"], username, username_key, full_name, password_hash)
+            if row is None:
+                return None
+            user = NewUser(id=row["id"], username=username, full_name=full_name, created_at=row["created_at"])
+            await add_event(connection, user_registered(user.id, username, full_name, user.created_at))
+        return user
+
+    async def find_by_username_key(self, username_key: str) -> User | None:
+        row = await self._database.fetch_row(_QUERIES["find_user_by_username_key"], username_key)
+        return User(**row) if row is not None else None
+
+    async def find(self, user_id: int) -> User | None:
+        row = await self._database.fetch_row(_QUERIES["find_user_by_id"], user_id)
+        return User(**row) if row is not None else None
+
+    async def find_of_session(self, user_id: int, session_id: bytes) -> tuple[User | None, str | None]:
+        """The user, and the reason of the session's ending if the log has one."""
+        row = await self._database.fetch_row(_QUERIES["find_user_of_session"], user_id, session_id)
+        if row is None:
+            return None, None
+        fields = dict(row)
+        ended = fields.pop("ended")
+        return User(**fields), ended
+
+    async def set_password_hash(self, user_id: int, old: str, new: str) -> None:
+        """Renew the hash of the same password; nothing where the password was changed meanwhile."""
+        await self._database.fetch(_QUERIES["set_password_hash"], user_id, old, new)
+
+    async def end_all_sessions(self, user_id: int, reason: str, keep: timedelta) -> Revoked | None:
+        """Raise the user's epoch and log it; None where the user is gone. `keep`: the longest life of a session."""
+        async with self._database.transaction() as connection:
+            row = await connection.fetchrow(_QUERIES["raise_epoch"], user_id)
+            return None if row is None else await _log(connection, user_id, row["epoch"], reason, keep)
+
+    async def set_disabled(
+        self, username_key: str, reason: Literal["user_disabled", "user_enabled"], keep: timedelta
+    ) -> Revoked | None:
+        """Disable or enable, and end all sessions; None where no such user, or nothing changed."""
+        query = _QUERIES["disable_user" if reason == "user_disabled" else "enable_user"]
+        async with self._database.transaction() as connection:
+            row = await connection.fetchrow(query, username_key)
+            return None if row is None else await _log(connection, row["id"], row["epoch"], reason, keep)
+
+
+async def _log(connection: Connection, user_id: int, epoch: int, reason: str, keep: timedelta) -> Revoked:
+    return await add_revocation(
+        connection, bucket=user_id % BUCKETS, user_id=user_id, session_id=None, epoch=epoch, reason=reason, keep=keep
+    )

@@ -1,0 +1,142 @@
+"""The connection to Redis, Sentinel or Redis Cluster, and the one way to run a script: by SHA, under a deadline.
+
+A script that changes state gets its deadline in Redis's own time and answers `late` instead of acting after it: a
+frozen Redis runs abandoned commands when it wakes, and no state may change that its client never hears of.
+"""
+
+import re
+import time
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from importlib.resources import files
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import anyio
+from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
+from redis.exceptions import RedisClusterException, RedisError
+
+from authd.config import BUCKETS, ConfigError, Settings
+from authd.errors import Unavailable
+
+CLOSE_TIMEOUT_S = 2.0
+#: A lost connection is tried once more (redis-py's default is ten times); the deadline stands outside of both.
+RETRIES = 1
+
+_INCLUDE = re.compile(r"^-- include: (\w+)$", re.MULTILINE)
+
+
+class RedisClient:
+    """Runs scripts. Every method raises `Unavailable("session_store")` within `redis_timeout_s` when it cannot."""
+
+    def __init__(self, client: Redis | RedisCluster, settings: Settings) -> None:
+        self._client = client
+        self._timeout_s = settings.redis_timeout_s
+        self._prefix = f"authd:{settings.deployment}:"
+        # What Redis's clock reads at monotonic zero, in ms, as last heard from each bucket's node. The reply has
+        # travelled since, so it is never ahead, and a deadline made from it is never late.
+        self._clock_ms: dict[int, int] = {}
+
+    def key(self, bucket: int, name: str) -> str:
+        """A key in the bucket's slot."""
+        return f"{self._prefix}{{{bucket}}}:{name}"
+
+    def script(self, name: str) -> AsyncScript:
+        """The script of `scripts/<name>.lua`, loaded into Redis when first used and again whenever it was forgotten."""
+        return self._client.register_script(load_script(name))
+
+    async def read(self, script: AsyncScript, keys: Sequence[str], *arguments: Any) -> Any:
+        """Run a script that may also run late or twice, since that does no harm."""
+        with _meaning_of_errors(), anyio.fail_after(self._timeout_s):
+            return await script(keys, arguments)
+
+    async def decide(self, script: AsyncScript, bucket: int, keys: Sequence[str], *arguments: Any) -> list[Any]:
+        """Run a script whose first argument is its deadline in ms of Redis's time, and whose reply begins with a status
+        and Redis's time. The caller never sees the status `late`.
+        """
+        deadline_ms = int((time.monotonic() + self._timeout_s) * 1000)
+        with _meaning_of_errors(), anyio.fail_after(self._timeout_s):
+            # The first call on a bucket, and the first after its clock jumped ahead, comes late and learns the clock.
+            for _ in range(2):
+                clock_ms = self._clock_ms.get(bucket, -deadline_ms)
+                reply: list[Any] = await script(keys, (deadline_ms + clock_ms, *arguments))
+                self._clock_ms[bucket] = int(reply[1]) - int(time.monotonic() * 1000)
+                if reply[0] != b"late":
+                    return reply
+        raise Unavailable("session_store")
+
+    async def ping(self) -> None:
+        with _meaning_of_errors(), anyio.fail_after(self._timeout_s):
+            await self._client.ping()
+
+
+def load_script(name: str) -> str:
+    """The script's text, with the files it includes."""
+    folder = files(__package__) / "scripts"
+    text = (folder / f"{name}.lua").read_text("utf-8")
+    return _INCLUDE.sub(lambda found: (folder / f"{found[1]}.lua").read_text("utf-8").rstrip(), text)
+
+
+def bucket_of_user(user_id: int) -> int:
+    return user_id % BUCKETS
+
+
+@asynccontextmanager
+async def open_redis(settings: Settings) -> AsyncGenerator[RedisClient, None]:
+    """A client that connects when first used: authd starts, and says so, while Redis is away."""
+    client = _make_client(settings)
+    try:
+        yield RedisClient(client, settings)
+    finally:
+        with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
+            await client.aclose()
+
+
+def _make_client(settings: Settings) -> Redis | RedisCluster:
+    """`redis://host:port/db` (`rediss://` for TLS), `redis://a:1,b:2,c:3` for a cluster, and
+    `redis+sentinel://a:1,b:2/service` (`rediss+sentinel://`) for Sentinel.
+    """
+    url = urlsplit(settings.redis_url.reveal())
+    credentials, _, hosts = url.netloc.rpartition("@")
+    nodes = [host.strip() for host in hosts.split(",") if host.strip()]
+    prefix = f"{credentials}@" if credentials else ""
+    if url.scheme not in ("redis", "rediss", "redis+sentinel", "rediss+sentinel") or not nodes:
+        raise ConfigError("AUTHD_REDIS_URL must be redis://, rediss:// or redis+sentinel:// with at least one host.")
+    limits: dict[str, Any] = {
+        "socket_timeout": settings.redis_timeout_s,
+        "socket_connect_timeout": settings.redis_timeout_s,
+        "retry": Retry(NoBackoff(), RETRIES),
+        "max_connections": settings.redis_pool_per_worker,
+    }
+    if url.scheme.endswith("+sentinel"):
+        # The address of the master is asked for at each new connection: a failover needs no restart.
+        base = Redis.from_url(urlunsplit((url.scheme.split("+")[0], prefix + nodes[0], "", url.query, "")))
+        options = {k: v for k, v in base.connection_pool.connection_kwargs.items() if k not in ("host", "port")}
+        sentinel = Sentinel(  # type: ignore[no-untyped-call]
+            [_host_and_port(node, 26379) for node in nodes], **limits, **options
+        )
+        return sentinel.master_for(url.path.strip("/") or "mymaster", **limits, **options)  # type: ignore[no-any-return]
+    if len(nodes) > 1:
+        seeds = [ClusterNode(*_host_and_port(node, 6379)) for node in nodes]
+        first = urlunsplit((url.scheme, prefix + nodes[0], url.path, url.query, ""))
+        return RedisCluster.from_url(first, startup_nodes=seeds, **limits)
+    pool = BlockingConnectionPool.from_url(settings.redis_url.reveal(), timeout=settings.redis_timeout_s, **limits)
+    return Redis.from_pool(pool)
+
+
+def _host_and_port(node: str, default_port: int) -> tuple[str, int]:
+    parts = urlsplit(f"//{node}")
+    return parts.hostname or "127.0.0.1", parts.port or default_port
+
+
+@contextmanager
+def _meaning_of_errors() -> Generator[None, None, None]:
+    try:
+        yield
+    except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
+        raise Unavailable("session_store") from error

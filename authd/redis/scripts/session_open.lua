@@ -1,0 +1,73 @@
+-- Opens a session after a login, or rebuilds and rotates one that Redis lost, and holds the cap.
+--
+-- KEYS  1 hash of the user's sessions (expires with the last of its values)
+--       2 string, the bucket's last applied revocation (no expiry)
+-- ARGV  1 deadline, ms of Redis's time        2 the highest revocation number that the caller knows
+--       3 session id, made by the caller      4 the user's epoch
+--       5 MAC key id                          6 counter of the new token
+--       7 created, ms; 0: now (a login)       8 a refresh token's life, ms
+--       9 a session's life, ms               10 the cap
+--      11 1: refuse at the cap, 0: evict the oldest
+--      12 a tombstone's life, ms             13 the client's bytes
+--
+-- Returns {status, now} and more:
+--   opened, value, evicted id ...   also when this very session was opened by an earlier run
+--   late | behind, applied number | stale, reason: sessions of this epoch have ended | ended, reason
+--   present: to be rebuilt, but here | expired | refused: at the cap | evicted: a rebuilt session older than a full set
+-- include: session_format
+
+local now = now_ms()
+if now > tonumber(ARGV[1]) then return { 'late', now } end
+local applied = applied_number(KEYS[2])
+if applied < tonumber(ARGV[2]) then return { 'behind', now, applied } end
+
+local id, epoch, rebuilt = ARGV[3], tonumber(ARGV[4]), ARGV[7] ~= '0'
+local floor, floor_reason = unpack_floor(redis.call('HGET', KEYS[1], 'e'))
+if epoch < floor then return { 'stale', now, floor_reason } end
+
+local live, unlogged = {}, {}
+local values = redis.call('HGETALL', KEYS[1])
+for i = 1, #values, 2 do
+    if values[i] ~= 'e' then
+        local s = unpack_value(values[i + 1])
+        s.id = values[i]
+        if s.expires <= now or (s.state == LIVE and s.epoch < epoch) then
+            redis.call('HDEL', KEYS[1], s.id)
+        elseif s.id == id then
+            if s.state ~= LIVE then return { 'ended', now, s.reason } end
+            if rebuilt then return { 'present', now } end
+            return { 'opened', now, values[i + 1] }
+        elseif s.state == LIVE then
+            live[#live + 1] = s
+        end
+    end
+end
+
+local session = { key_id = tonumber(ARGV[5]), epoch = epoch, counter = tonumber(ARGV[6]), issued = now, client = ARGV[13] }
+session.created = rebuilt and tonumber(ARGV[7]) or now
+session.expires = math.min(now + tonumber(ARGV[8]), session.created + tonumber(ARGV[9]))
+if session.expires <= now then return { 'expired', now } end
+
+local surplus = #live + 1 - tonumber(ARGV[10])
+local reply = { 'opened', now, pack_live(session) }
+if surplus > 0 then
+    if ARGV[11] == '1' then return { 'refused', now } end
+    table.sort(live, function(a, b)
+        if a.created ~= b.created then return a.created < b.created end
+        return a.id < b.id
+    end)
+    if rebuilt and session.created < live[surplus].created then
+        local expires = now + tonumber(ARGV[12])
+        redis.call('HSET', KEYS[1], id, pack_tombstone(UNLOGGED, expires, 'evicted'))
+        keep_until(KEYS[1], now, expires)
+        return { 'evicted', now }
+    end
+    for i = 1, surplus do
+        -- As long as the token it answers for, or until the log has its row.
+        redis.call('HSET', KEYS[1], live[i].id, pack_tombstone(UNLOGGED, live[i].expires, 'evicted'))
+        reply[#reply + 1] = live[i].id
+    end
+end
+redis.call('HSET', KEYS[1], id, reply[3])
+keep_until(KEYS[1], now, session.expires)
+return reply

@@ -1,0 +1,23 @@
+-- Turns a reservation into a failure. Without the reservation (run again, or it expired) it changes nothing.
+--
+-- KEYS  1 hash, a throttle counter (expires when nothing in it counts any more)
+-- ARGV  1 deadline, ms of Redis's time    2 reservation id    3 limit, failures
+--       4 how long failures count after the last one, and how long the lock holds after the limit's, ms
+--
+-- Returns {counted, now} | {locked, now}: this failure set the lock | {unknown, now}: no such reservation | {late, now}
+-- include: throttle_format
+
+local now = now_ms()
+if now > tonumber(ARGV[1]) then return { 'late', now } end
+local counter, limit = load_counter(KEYS[1], now), tonumber(ARGV[3])
+local field = 'r:' .. ARGV[2]
+if not counter.reserved[field] then return { 'unknown', now } end
+
+redis.call('HDEL', KEYS[1], field)
+local was_locked = counter.failures >= limit
+-- A lock's end is fixed, also against replicas that still run with another limit.
+local counts_until = was_locked and counter.counts_until or now + tonumber(ARGV[4])
+store_failures(KEYS[1], counter.failures + 1, counts_until)
+tidy(KEYS[1], now)
+if not was_locked and counter.failures + 1 >= limit then return { 'locked', now } end
+return { 'counted', now }

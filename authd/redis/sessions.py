@@ -1,0 +1,284 @@
+"""The sessions in Redis: every method is one script, and what a script decides is final.
+
+All of a user's sessions are one hash in the user's bucket; `scripts/session_format.lua` has its layout.
+"""
+
+from ipaddress import ip_address
+from typing import Any, Literal
+
+import msgspec
+
+from authd.config import Settings
+from authd.observe import metrics
+from authd.redis.client import RedisClient, bucket_of_user
+from authd.tokens import RefreshToken
+
+USER_AGENT_BYTES_MAX = 64
+#: How long Redis itself remembers an ending that the log in Postgres has: longer than any request in flight.
+TOMBSTONE_TTL_MS = 600_000
+#: How long a refused rebuild is remembered.
+BURIED_TTL_MS = 60_000
+
+_HEADER_BYTES = 33
+
+
+class Client(msgspec.Struct, frozen=True):
+    """Who holds a session: an IP address and a user agent of at most USER_AGENT_BYTES_MAX bytes."""
+
+    address: str
+    user_agent: str
+
+
+class LiveSession(msgspec.Struct, frozen=True, kw_only=True):
+    """A session as Redis keeps it. Times in ms of Redis's clock since the epoch."""
+
+    id: bytes
+    key_id: int
+    epoch: int
+    counter: int
+    created_ms: int
+    issued_ms: int
+    expires_ms: int
+    client: Client
+
+
+class Opened(msgspec.Struct, frozen=True):
+    """The session lives; the `evicted` ones died for it and are not in the revocation log yet."""
+
+    session: LiveSession
+    evicted: list[bytes]
+
+
+class Rotated(msgspec.Struct, frozen=True):
+    """The session's current state, from which the successor token follows. `repeated`: it was rotated before."""
+
+    session: LiveSession
+    repeated: bool
+
+
+class Live(msgspec.Struct, frozen=True):
+    """The session of an access token lives. `user_json`: the cached user, or empty."""
+
+    user_json: bytes
+
+
+class Behind(Exception):
+    """Redis lacks rows of the revocation log that the caller knows of: apply them and ask again."""
+
+    def __init__(self, applied: int) -> None:
+        self.applied = applied
+        super().__init__(applied)
+
+
+class Denied(msgspec.Struct, frozen=True):
+    """The script decided against it; the reason is that of the ending, where the status is `ended` or `stale`."""
+
+    status: Literal[
+        "stale", "ended", "present", "expired", "refused", "evicted", "superseded", "reused", "unknown", "dead"
+    ]
+    reason: str = ""
+
+
+class Applied(msgspec.Struct, frozen=True):
+    """The last number applied to the bucket, whoever applied it."""
+
+    number: int
+
+
+class SessionStore:
+    """Every method raises `Unavailable("session_store")` when Redis does not answer in time; those that take a
+    `revocation` number raise `Behind` when Redis has applied less.
+    """
+
+    def __init__(self, client: RedisClient, settings: Settings) -> None:
+        self._client = client
+        self._ttl_ms = settings.refresh_ttl_s * 1000
+        self._session_ttl_ms = settings.session_ttl_s * 1000
+        self._grace_ms = settings.refresh_grace_s * 1000
+        self._cap = settings.max_active_sessions
+        self._refuse = int(settings.session_policy == "refuse")
+        self._open = client.script("session_open")
+        self._rotate = client.script("session_rotate")
+        self._inspect = client.script("session_inspect")
+        self._apply = client.script("session_apply")
+        self._skip = client.script("session_skip")
+        self._bury = client.script("session_bury")
+
+    async def open(
+        self, user_id: int, epoch: int, session_id: bytes, key_id: int, client: Client, revocation: int
+    ) -> Opened | Denied:
+        """Open a session after a login. `revocation`: the highest number the caller knows of the bucket's log.
+
+        Denied: `stale` (the epoch is over: read the user again), `refused` (policy), `ended`.
+        """
+        return await self._admit(user_id, epoch, session_id, key_id, 1, 0, revocation, client)
+
+    async def rebuild(self, token: RefreshToken, key_id: int, client: Client, revocation: int) -> Opened | Denied:
+        """Rebuild and rotate the session of a valid token that Redis lost and Postgres did not end.
+
+        Denied: `present` (it is here: rotate it), `evicted` (older than a full set), `expired`, `stale`, `ended`.
+        """
+        return await self._admit(
+            token.user_id,
+            token.epoch,
+            token.session_id,
+            key_id,
+            token.counter + 1,
+            token.created_ms,
+            revocation,
+            client,
+        )
+
+    async def rotate(self, token: RefreshToken, key_id: int, client: Client, revocation: int) -> Rotated | Denied:
+        """Exchange a token for its successor.
+
+        Denied: `superseded`, `reused` (the session ended now), `ended`, `expired`, `unknown`.
+        """
+        bucket = bucket_of_user(token.user_id)
+        reply = await self._client.decide(
+            self._rotate,
+            bucket,
+            self._keys(token.user_id)[:2],
+            revocation,
+            token.session_id,
+            token.epoch,
+            token.counter,
+            token.issued_ms,
+            key_id,
+            self._grace_ms,
+            self._ttl_ms,
+            self._session_ttl_ms,
+            _pack_client(client),
+        )
+        status = _count(reply)
+        if status in ("rotated", "repeated"):
+            return Rotated(_unpack(token.session_id, reply[2]), status == "repeated")
+        return _denied(status, reply)
+
+    async def inspect(self, user_id: int, session_id: bytes, revocation: int) -> Live | Denied:
+        """Whether an access token's session lives, and the cached user with it. Denied: `dead`."""
+        reply = await self._client.read(self._inspect, self._keys(user_id), revocation, session_id)
+        if reply[0] == b"live":
+            _, _, user_json = reply[1].partition(b"|")
+            return Live(user_json)
+        if reply[0] == b"behind":
+            raise Behind(int(reply[1]))
+        return Denied("dead")
+
+    async def apply(
+        self,
+        user_id: int,
+        after: int,
+        number: int,
+        *,
+        session_id: bytes | None,
+        epoch: int | None,
+        reason: str,
+    ) -> Applied:
+        """Apply the row `number` of the log if `after` is the last one applied; see `Applied`."""
+        reply = await self._client.decide(
+            self._apply,
+            bucket_of_user(user_id),
+            self._keys(user_id),
+            after,
+            number,
+            session_id or b"",
+            "" if epoch is None else epoch,
+            reason,
+            TOMBSTONE_TTL_MS,
+        )
+        if reply[0] != b"applied":
+            return Applied(int(reply[2]))
+        metrics.revocations_applied.inc()
+        return Applied(number)
+
+    async def skip(self, bucket: int, after: int, number: int) -> Applied:
+        """Move over rows that have expired, if `after` is the last one applied."""
+        reply = await self._client.decide(self._skip, bucket, [self._client.key(bucket, "applied")], after, number)
+        return Applied(number if reply[0] == b"applied" else int(reply[2]))
+
+    async def bury(self, token: RefreshToken, reason: str) -> None:
+        """Remember for BURIED_TTL_MS that the token's session is dead."""
+        bucket = bucket_of_user(token.user_id)
+        keys = self._keys(token.user_id)[:1]
+        await self._client.decide(self._bury, bucket, keys, token.session_id, reason, BURIED_TTL_MS)
+
+    async def _admit(
+        self,
+        user_id: int,
+        epoch: int,
+        session_id: bytes,
+        key_id: int,
+        counter: int,
+        created_ms: int,
+        revocation: int,
+        client: Client,
+    ) -> Opened | Denied:
+        reply = await self._client.decide(
+            self._open,
+            bucket_of_user(user_id),
+            self._keys(user_id)[:2],
+            revocation,
+            session_id,
+            epoch,
+            key_id,
+            counter,
+            created_ms,
+            self._ttl_ms,
+            self._session_ttl_ms,
+            self._cap,
+            self._refuse,
+            TOMBSTONE_TTL_MS,
+            _pack_client(client),
+        )
+        status = _count(reply)
+        if status == "opened":
+            metrics.sessions.labels("evicted").inc(len(reply) - 3)
+            return Opened(_unpack(session_id, reply[2]), [bytes(evicted) for evicted in reply[3:]])
+        return _denied(status, reply)
+
+    def _keys(self, user_id: int) -> list[str]:
+        key, bucket = self._client.key, bucket_of_user(user_id)
+        return [key(bucket, f"user:{user_id}"), key(bucket, "applied"), key(bucket, f"profile:{user_id}")]
+
+
+def shorten_user_agent(text: str) -> str:
+    """At most USER_AGENT_BYTES_MAX bytes of printable text."""
+    printable = "".join(character for character in text if character.isprintable())
+    return printable.encode("utf-8", "replace")[:USER_AGENT_BYTES_MAX].decode("utf-8", "ignore")
+
+
+def _count(reply: list[Any]) -> str:
+    status: str = reply[0].decode()
+    metrics.sessions.labels(status).inc()
+    return status
+
+
+def _denied(status: str, reply: list[Any]) -> Denied:
+    if status == "behind":
+        raise Behind(int(reply[2]))
+    reason = reply[2].decode() if status in ("ended", "stale") else ""
+    return msgspec.convert({"status": status, "reason": reason}, Denied)
+
+
+def _pack_client(client: Client) -> bytes:
+    address = ip_address(client.address).packed
+    return bytes([len(address)]) + address + client.user_agent.encode()
+
+
+def _unpack(session_id: bytes, value: bytes) -> LiveSession:
+    def number(start: int, end: int) -> int:
+        return int.from_bytes(value[start:end])
+
+    address_end = _HEADER_BYTES + 1 + value[_HEADER_BYTES]
+    address = ip_address(value[_HEADER_BYTES + 1 : address_end])
+    return LiveSession(
+        id=session_id,
+        key_id=number(1, 5),
+        epoch=number(5, 9),
+        counter=number(9, 15),
+        created_ms=number(15, 21),
+        issued_ms=number(21, 27),
+        expires_ms=number(27, 33),
+        client=Client(str(address), value[address_end:].decode("utf-8", "replace")),
+    )

@@ -1,0 +1,198 @@
+"""Counts failed logins, exactly: an attempt reserves before its password is hashed, and is settled after.
+
+Counted are the pair of address and account, the account, and the address, each with its limit. A counter is one key in
+Redis; however many replicas guess at once, no more attempts than the limit can fail before the lock.
+"""
+
+import math
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from hashlib import blake2b
+from ipaddress import IPv6Address, IPv6Network, ip_address
+from typing import Literal, TypeVar
+
+import anyio
+
+from authd.config import BUCKETS, Settings
+from authd.errors import Unavailable
+from authd.observe import metrics
+from authd.redis.client import RedisClient
+
+#: A replica that dies gives its reservations back after this. It must exceed the longest hash: cost 18 takes 15 s
+#: (measured: 0.24 s at cost 12), twice that with a rehash.
+RESERVATION_TTL_S = 60.0
+#: An IPv6 subscriber has at least this network, and all its addresses to guess from.
+IPV6_PREFIX_BITS = 64
+DIGEST_BYTES = 16
+
+T = TypeVar("T")
+CounterKind = Literal["pair", "account", "address"]
+
+
+class Outcome(Enum):
+    """What became of a reserved attempt. The value is the script that the pair's counter gets."""
+
+    FAILED = "throttle_fail"
+    SUCCEEDED = "throttle_clear"
+    #: Never hashed, or without a result: it counts nothing.
+    RELEASED = "throttle_release"
+
+
+@dataclass(frozen=True, slots=True)
+class _Counter:
+    kind: CounterKind
+    bucket: int
+    key: str
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """The attempt may be hashed, and must be settled."""
+
+    id: str
+    counters: tuple[_Counter, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Locked:
+    retry_after_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Other attempts fill the limit and are not decided yet. Nothing is reserved: ask again."""
+
+
+class Throttle:
+    """`address` is the client's IP address; `account` the canonical form of the username, whether a user has it or not:
+    else a lock would tell who exists. Every method raises `Unavailable("session_store")` when Redis is away.
+    """
+
+    def __init__(
+        self,
+        client: RedisClient,
+        settings: Settings,
+        *,
+        reservation_ttl_s: float = RESERVATION_TTL_S,
+        new_id: Callable[[], str] = lambda: secrets.token_hex(DIGEST_BYTES),
+    ) -> None:
+        self._client = client
+        self._limits: dict[CounterKind, int] = {
+            "pair": settings.max_login_attempts,
+            "account": settings.account_max_failures,
+            "address": settings.address_max_failures,
+        }
+        self._lockout_ms = settings.lockout_s * 1000
+        self._reservation_ttl_ms = int(reservation_ttl_s * 1000)
+        self._new_id = new_id
+        self._peek = client.script("throttle_peek")
+        self._reserve = client.script("throttle_reserve")
+        self._settle = {outcome: client.script(outcome.value) for outcome in Outcome}
+
+    async def locked_s(self, address: str, account: str) -> int | None:
+        """Seconds until an attempt may be made, rounded up; None if now. Only a look: `reserve` decides."""
+        counters = self._counters(address, account)
+        left_ms = await _all([partial(self._client.read, self._peek, [c.key], c.limit) for c in counters])
+        return _seconds(max(_values(left_ms))) or None
+
+    async def reserve(self, address: str, account: str) -> Reserved | Locked | Wait:
+        """Reserve one attempt in all three counters, or in none."""
+        attempt = Reserved(self._new_id(), self._counters(address, account))
+        replies = await _all([partial(self._reserve_one, attempt.id, counter) for counter in attempt.counters])
+        taken = [c for c, reply in zip(attempt.counters, replies, strict=True) if isinstance(reply, Reserved)]
+        if len(taken) == len(attempt.counters):
+            return attempt
+        # What cannot be released expires by itself, and so does one whose reply was lost.
+        await _all([partial(self._settle_one, attempt.id, counter, Outcome.RELEASED) for counter in taken])
+        refusals = _values(replies)
+        locks = [reply.retry_after_s for reply in refusals if isinstance(reply, Locked)]
+        return Locked(max(locks)) if locks else Wait()
+
+    async def settle(self, attempt: Reserved, outcome: Outcome) -> tuple[CounterKind, ...]:
+        """Settle a reserved attempt once: again, or after its reservation expired, it changes nothing.
+
+        A success clears the pair alone: the owner's logins must not give a guesser at other addresses, or of other
+        accounts, new attempts. Returns what this failure locked.
+        """
+        others = Outcome.RELEASED if outcome is Outcome.SUCCEEDED else outcome
+        outcomes = {counter: outcome if counter.kind == "pair" else others for counter in attempt.counters}
+        statuses = await _all([partial(self._settle_one, attempt.id, c, what) for c, what in outcomes.items()])
+        locked = tuple(c.kind for c, status in zip(outcomes, statuses, strict=True) if status == b"locked")
+        for kind in locked:
+            metrics.login_locks.labels(kind).inc()
+        _values(statuses)
+        return locked
+
+    async def _reserve_one(self, attempt_id: str, counter: _Counter) -> Reserved | Locked | Wait:
+        reply = await self._client.decide(
+            self._reserve, counter.bucket, [counter.key], attempt_id, counter.limit, self._reservation_ttl_ms
+        )
+        if reply[0] == b"locked":
+            return Locked(_seconds(int(reply[2])))
+        return Reserved(attempt_id, (counter,)) if reply[0] == b"reserved" else Wait()
+
+    async def _settle_one(self, attempt_id: str, counter: _Counter, outcome: Outcome) -> bytes:
+        arguments = (counter.limit, self._lockout_ms) if outcome is Outcome.FAILED else ()
+        script = self._settle[outcome]
+        reply = await self._client.decide(script, counter.bucket, [counter.key], attempt_id, *arguments)
+        return bytes(reply[0])
+
+    def _counters(self, address: str, account: str) -> tuple[_Counter, ...]:
+        network = _network(address)
+        return (
+            self._counter("pair", f"{network}\0{account}"),
+            self._counter("account", account),
+            self._counter("address", network),
+        )
+
+    def _counter(self, kind: CounterKind, counted: str) -> _Counter:
+        # A digest: usernames that people type, some of them passwords, do not show in Redis.
+        digest = blake2b(counted.encode(errors="surrogatepass"), digest_size=DIGEST_BYTES, person=kind.encode())
+        bucket = int.from_bytes(digest.digest()[:4], "big") % BUCKETS
+        return _Counter(
+            kind, bucket, self._client.key(bucket, f"throttle:{kind}:{digest.hexdigest()}"), self._limits[kind]
+        )
+
+
+def _network(address: str) -> str:
+    """What one client has: an IPv4 address, or an IPv6 network."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, IPv6Address):
+        if parsed.ipv4_mapped is None:
+            return str(IPv6Network((int(parsed), IPV6_PREFIX_BITS), strict=False))
+        parsed = parsed.ipv4_mapped
+    return str(parsed)
+
+
+def _seconds(ms: int) -> int:
+    return math.ceil(ms / 1000)
+
+
+async def _all(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T | Unavailable]:
+    """Call all at once and wait for each, also when one fails: what the others did has to be known."""
+    results: list[T | Unavailable] = [Unavailable("session_store")] * len(calls)
+
+    async def keep(index: int, call: Callable[[], Awaitable[T]]) -> None:
+        try:
+            results[index] = await call()
+        except Unavailable as error:
+            results[index] = error
+
+    async with anyio.create_task_group() as group:
+        for index, call in enumerate(calls):
+            group.start_soon(keep, index, call)
+    return results
+
+
+def _values(results: Sequence[T | Unavailable]) -> list[T]:
+    for result in results:
+        if isinstance(result, Unavailable):
+            raise result
+    return [result for result in results if not isinstance(result, Unavailable)]

@@ -1,0 +1,19 @@
+"""The cached users: what /auth/me shows, with the version of the row it came from."""
+
+from authd.config import Settings
+from authd.redis.client import RedisClient, bucket_of_user
+
+
+class UserCache:
+    """Read through `SessionStore.inspect`, with the session it belongs to; invalidated by the revocation log."""
+
+    def __init__(self, client: RedisClient, settings: Settings) -> None:
+        self._client = client
+        self._ttl_s = settings.user_cache_ttl_s
+        self._store = client.script("user_cache")
+
+    async def store(self, user_id: int, version: int, user_json: bytes) -> None:
+        """Cache the row, unless a newer one is known."""
+        bucket = bucket_of_user(user_id)
+        key = self._client.key(bucket, f"profile:{user_id}")
+        await self._client.read(self._store, [key], version, user_json, self._ttl_s)

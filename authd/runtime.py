@@ -1,0 +1,214 @@
+"""Builds every object and owns the task tree. Read this first.
+
+The nesting of `run` is the order of start, and, read from the inside out, the order of shutdown: whoever feeds stops
+before whoever drains. Expected trouble is handled inside each task; anything else escapes, cancels the tree and ends
+the process with an error: starting again is the orchestrator's work.
+"""
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import anyio
+import asyncpg
+import hypercorn.asyncio
+import structlog
+from anyio.abc import TaskStatus
+from hypercorn.config import Config
+
+from authd.accounts import Accounts
+from authd.config import Settings
+from authd.delivery import FLUSH_S, Publisher
+from authd.errors import Unavailable
+from authd.hasher import Hasher
+from authd.health import Health
+from authd.http.app import App
+from authd.http.credentials import make_credentials
+from authd.http.operations import make_operations
+from authd.kafka.producer import Producer
+from authd.keys import SealedByAnotherSecret, load_key_ring
+from authd.observe.logs import flush_logs
+from authd.postgres.database import Database, open_database
+from authd.postgres.keys import Keys
+from authd.postgres.migrate import SchemaTooNew, migrate
+from authd.postgres.outbox import Outbox
+from authd.postgres.revocations import Revocations
+from authd.postgres.users import Users
+from authd.redis.client import RedisClient, open_redis
+from authd.redis.sessions import SessionStore
+from authd.redis.throttle import Throttle
+from authd.redis.users import UserCache
+from authd.revocations import RevocationFeed
+from authd.sessions import Sessions
+from authd.tokens import TokenMint
+
+LISTEN_BACKLOG = 1024
+KEEP_ALIVE_S = 30
+#: Time after all deadlines of a shutdown at which the process ends without ceremony.
+LAST_RESORT_S = 10.0
+START_RETRY_MAX_S = 2.0
+
+#: What ends a start with a sentence and not with a traceback.
+START_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, SchemaTooNew, SealedByAnotherSecret)
+
+_log = structlog.get_logger()
+
+
+async def run(settings: Settings, listener: socket.socket, *, on_ready: Callable[[], None] | None = None) -> None:
+    """Serve on a listening socket until SIGTERM or SIGINT; a second signal ends at once."""
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with anyio.create_task_group() as root:
+            stop = anyio.Event()
+            root.start_soon(_watch_signals, signals, stop, settings)
+            async with open_database(settings) as database, open_redis(settings) as redis:
+                await _wait_for_postgres(settings)
+                await _serve(settings, database, redis, listener, stop, on_ready)
+            root.cancel_scope.cancel()
+    _log.info("stopped")
+
+
+async def _serve(
+    settings: Settings,
+    database: Database,
+    redis: RedisClient,
+    listener: socket.socket,
+    stop: anyio.Event,
+    on_ready: Callable[[], None] | None,
+) -> None:
+    ring = await load_key_ring(settings, Keys(database))
+    users = Users(database)
+    revocations = Revocations(database)
+    store = SessionStore(redis, settings)
+    feed = RevocationFeed(revocations, store, timedelta(seconds=settings.session_ttl_s))
+    producer = Producer(settings) if settings.kafka_bootstrap_servers else None
+    publisher = Publisher(settings, Outbox(database), producer) if producer is not None else None
+    hasher = Hasher(settings)
+    sessions = Sessions(
+        settings,
+        TokenMint(settings, ring),
+        users,
+        store,
+        UserCache(redis, settings),
+        Throttle(redis, settings),
+        hasher,
+        feed,
+    )
+    health = Health(
+        {"user_store": revocations.heads, "session_store": redis.ping},
+        events=lambda: producer is not None and producer.connected,
+    )
+    app = App(
+        settings,
+        [
+            make_credentials(settings, Accounts(users, hasher, publisher), sessions),
+            make_operations(health, ring),
+        ],
+    )
+    async with AsyncExitStack() as tree:
+        await tree.enter_async_context(running(feed.run))
+        if producer is not None and publisher is not None:
+            await tree.enter_async_context(running(producer.run))
+            await tree.enter_async_context(running(publisher.run, last=publisher.drain))
+        await tree.enter_async_context(running(health.run))
+        await tree.enter_async_context(running(hasher.run))
+        await tree.enter_async_context(_serving(app, listener, settings, health))
+        _log.info("ready", bind=settings.bind, pid=os.getpid())
+        if on_ready is not None:
+            on_ready()
+        await stop.wait()
+        _log.info("stopping")
+
+
+@asynccontextmanager
+async def running(
+    task: Callable[..., Coroutine[Any, Any, None]], *, last: Callable[[], Awaitable[None]] | None = None
+) -> AsyncGenerator[None, None]:
+    """A task that is ready before the body runs and is cancelled after it, and after `last`."""
+    async with anyio.create_task_group() as group:
+        await group.start(task)
+        yield
+        if last is not None:
+            await last()
+        group.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _serving(app: App, listener: socket.socket, settings: Settings, health: Health) -> AsyncGenerator[None, None]:
+    """Hypercorn on the socket; after the body it drains. It is never cancelled: it does not survive that in order."""
+    trigger, served = anyio.Event(), anyio.Event()
+
+    async def serve(*, task_status: TaskStatus[None]) -> None:
+        task_status.started()
+        try:
+            # Hypercorn adopts and closes the descriptor it is given.
+            config = _hypercorn_config(settings, os.dup(listener.fileno()))
+            listener.close()
+            await hypercorn.asyncio.serve(app, config, shutdown_trigger=trigger.wait, mode="asgi")
+        finally:
+            served.set()
+
+    async with anyio.create_task_group() as group:
+        await group.start(serve)
+        try:
+            yield
+        finally:
+            health.is_draining = True
+            trigger.set()
+        with anyio.move_on_after(settings.drain_s):
+            await served.wait()
+        for scope in list(app.inflight):  # each is answered with a 503
+            scope.cancel()
+
+
+def _hypercorn_config(settings: Settings, descriptor: int) -> Config:
+    config = Config()
+    config.bind = [f"fd://{descriptor}"]
+    config.backlog = LISTEN_BACKLOG
+    config.errorlog = None
+    config.include_server_header = False
+    config.keep_alive_timeout = KEEP_ALIVE_S
+    config.h11_max_incomplete_size = settings.header_max_bytes
+    config.graceful_timeout = settings.drain_s + LAST_RESORT_S / 2  # only a backstop behind our own drain
+    return config
+
+
+async def _watch_signals(signals: AsyncIterator[signal.Signals], stop: anyio.Event, settings: Settings) -> None:
+    async for number in signals:
+        if stop.is_set():
+            _log.warning("stopped_at_once", signal=number.name)
+            _exit(1)
+        _log.info("signal", signal=number.name)
+        stop.set()
+        # A client that does not read its answer can hold Hypercorn beyond every deadline it has.
+        last_resort = threading.Timer(
+            settings.drain_s + FLUSH_S + settings.kafka_timeout_s + LAST_RESORT_S, _exit, (1,)
+        )
+        last_resort.daemon = True
+        last_resort.start()
+
+
+def _exit(status: int) -> None:
+    flush_logs()
+    os._exit(status)
+
+
+async def _wait_for_postgres(settings: Settings) -> None:
+    """Migrate; while Postgres is away try again, for as long as `start_timeout_s`."""
+    delay_s = 0.1
+    deadline = anyio.current_time() + settings.start_timeout_s
+    while True:
+        try:
+            for name in await migrate(settings):
+                _log.info("migrated", migration=name)
+            return
+        except (OSError, TimeoutError, asyncpg.CannotConnectNowError, asyncpg.InvalidCatalogNameError) as error:
+            if anyio.current_time() + delay_s > deadline:
+                raise Unavailable("user_store") from error
+            _log.warning("postgres_away", cause=repr(error), retry_in_s=delay_s)
+        await anyio.sleep(delay_s)
+        delay_s = min(2 * delay_s, START_RETRY_MAX_S)

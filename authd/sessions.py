@@ -1,0 +1,296 @@
+"""That you are here: login, refresh, authentication and logout.
+
+Redis decides, in one script each; Postgres remembers every ending. `RevocationFeed` stands between: whenever a script
+answers `Behind`, the missing rows are applied first and the script is asked again.
+"""
+
+import secrets
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from functools import partial
+from typing import TypeVar
+
+import anyio
+import msgspec
+import structlog
+
+from authd.accounts import Profile, profile_of, username_key
+from authd.config import Settings
+from authd.errors import (
+    InvalidAccessToken,
+    InvalidCredentials,
+    LoginLocked,
+    RefreshRefusalCode,
+    RefreshRefused,
+    SessionLimit,
+    Unavailable,
+    UserDisabled,
+)
+from authd.hasher import Admission, Hasher, Job
+from authd.passwords import effort_to_verify, verify_password
+from authd.postgres.users import User, Users
+from authd.redis.client import bucket_of_user
+from authd.redis.sessions import Behind, Client, Denied, Live, LiveSession, Opened, Rotated, SessionStore
+from authd.redis.throttle import Locked, Outcome, Reserved, Throttle
+from authd.redis.users import UserCache
+from authd.revocations import RevocationFeed
+from authd.tokens import (
+    SESSION_ID_BYTES,
+    AccessClaims,
+    ExpiredToken,
+    InvalidToken,
+    RefreshToken,
+    TokenMint,
+    encode_base64url,
+)
+
+#: Times a script is asked again after the log was applied, the user read again, or the session found after all.
+ROUNDS_MAX = 4
+#: How long an answer waits for Postgres to hold what Redis has decided already; the tombstone in Redis holds anyway.
+RECORD_WAIT_S = 2.0
+
+Answer = TypeVar("Answer")
+
+_log = structlog.get_logger()
+
+
+class TokenPair(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client gets. `expires_in`: seconds that the access token lives."""
+
+    access_token: str
+    refresh_token: str
+    expires_in: int
+    token_type: str = "bearer"  # noqa: S105
+
+    def __repr__(self) -> str:
+        return "TokenPair(***)"
+
+
+class Sessions:
+    def __init__(
+        self,
+        settings: Settings,
+        mint: TokenMint,
+        users: Users,
+        store: SessionStore,
+        cache: UserCache,
+        throttle: Throttle,
+        hasher: Hasher,
+        feed: RevocationFeed,
+    ) -> None:
+        self._mint = mint
+        self._users = users
+        self._store = store
+        self._cache = cache
+        self._throttle = throttle
+        self._hasher = hasher
+        self._feed = feed
+        self._bcrypt_cost = settings.bcrypt_cost
+        self._keep = timedelta(seconds=settings.session_ttl_s)
+
+    async def login(self, username: str, password: str, client: Client) -> TokenPair:
+        """Open a session for whoever knows the password.
+
+        :raises InvalidCredentials: the same for an unknown user, a wrong password and a disabled user.
+        :raises LoginLocked:
+        :raises SessionLimit: only with the policy `refuse`.
+        :raises Unavailable:
+        """
+        key = username_key(username)
+        locked_s = await self._throttle.locked_s(client.address, key)
+        if locked_s is not None:
+            raise LoginLocked(locked_s)
+        user = await self._users.find_by_username_key(key)
+        usable = user if user is not None and not user.disabled else None
+        matches = await self._verify(client.address, key, password, usable)
+        if usable is None or not matches:
+            raise InvalidCredentials
+        return await self._open(usable, client)
+
+    async def refresh(self, refresh_token: str, client: Client) -> TokenPair:
+        """Exchange a refresh token for its successor, once; see session_rotate.lua.
+
+        :raises RefreshRefused:
+        :raises UserDisabled: also when the user is gone.
+        :raises Unavailable:
+        """
+        try:
+            token = self._mint.read_refresh(refresh_token)
+        except ExpiredToken:
+            raise RefreshRefused("refresh_token_expired") from None
+        except InvalidToken:
+            raise RefreshRefused("refresh_token_invalid") from None
+        bucket = bucket_of_user(token.user_id)
+        for _ in range(ROUNDS_MAX):
+            key_id = self._mint.mac_key_id()
+            rotate = partial(self._store.rotate, token, key_id, client)
+            answer: Rotated | Opened | Denied = await self._ask(bucket, rotate)
+            if isinstance(answer, Denied) and answer.status == "unknown":
+                answer = await self._rebuild(token, key_id, client)
+            if not isinstance(answer, Denied):
+                return self._pair(token.user_id, answer.session)
+            if answer.status != "present":
+                raise await self._refusal(token, answer)
+        raise Unavailable("session_store")
+
+    async def profile(self, access_token: str) -> Profile:
+        """Whose token this is: from the cache, or from Postgres behind it.
+
+        :raises InvalidAccessToken, Unavailable:
+        """
+        claims, live = await self._authenticate(access_token)
+        if live.user_json:
+            return msgspec.json.decode(live.user_json, type=Profile)
+        user = await self._users.find(claims.user_id)
+        if user is None or user.disabled:
+            raise InvalidAccessToken
+        profile = profile_of(user)
+        await self._cache.store(user.id, user.version, msgspec.json.encode(profile))
+        return profile
+
+    async def end_all(self, access_token: str) -> None:
+        """End every session of the token's user. When this returns, Postgres holds it and Redis has applied it.
+
+        :raises InvalidAccessToken:
+        :raises Unavailable: also when only Redis has not applied it yet: it will before it serves that user again.
+        """
+        claims, _ = await self._authenticate(access_token)
+        row = await self._users.end_all_sessions(claims.user_id, "logout", self._keep)
+        if row is None:
+            raise InvalidAccessToken
+        await self._feed.applied(row.bucket, row.number)
+
+    async def _authenticate(self, access_token: str) -> tuple[AccessClaims, Live]:
+        try:
+            claims = self._mint.read_access(access_token)
+        except InvalidToken:
+            raise InvalidAccessToken from None
+        inspect = partial(self._store.inspect, claims.user_id, claims.session_id)
+        answer = await self._ask(bucket_of_user(claims.user_id), inspect)
+        # A session that Redis does not know is dead to an access token: it rebuilds nothing, since in HS256 mode every
+        # downstream service could forge one.
+        if isinstance(answer, Denied):
+            raise InvalidAccessToken
+        return claims, answer
+
+    async def _verify(self, address: str, account: str, password: str, user: User | None) -> bool:
+        """Whether the password matches, after exactly one hash, which is counted whatever becomes of the request."""
+        stored = user.password_hash if user is not None else None
+        attempt: Reserved | None = None
+
+        async def admit() -> Admission:
+            nonlocal attempt
+            answer = await self._throttle.reserve(address, account)
+            if isinstance(answer, Locked):
+                raise LoginLocked(answer.retry_after_s)
+            if isinstance(answer, Reserved):
+                attempt = answer
+                return Admission.HASH
+            return Admission.WAIT
+
+        async def settle(matches: bool | None) -> bool:
+            if attempt is not None:
+                outcome = Outcome.RELEASED if matches is None else Outcome.SUCCEEDED if matches else Outcome.FAILED
+                for kind in await self._throttle.settle(attempt, outcome):
+                    _log.warning("login_locked", counter=kind, address=address, user_id=user.id if user else None)
+            return bool(matches)
+
+        return await self._hasher.run_job(
+            Job(
+                effort=effort_to_verify(stored, self._bcrypt_cost),
+                work=partial(verify_password, password, stored, self._bcrypt_cost),
+                admit=admit,
+                settle=settle,
+                account=account,
+            )
+        )
+
+    async def _open(self, user: User, client: Client) -> TokenPair:
+        session_id = secrets.token_bytes(SESSION_ID_BYTES)
+        bucket = bucket_of_user(user.id)
+        for _ in range(ROUNDS_MAX):
+            self._feed.learn(bucket, user.revocation)
+            open_session = partial(self._store.open, user.id, user.epoch, session_id, self._mint.mac_key_id(), client)
+            answer = await self._ask(bucket, open_session)
+            if isinstance(answer, Opened):
+                await self._record(user.id, answer.evicted, "evicted")
+                return self._pair(user.id, answer.session)
+            if answer.status == "refused":
+                raise SessionLimit
+            # All sessions ended while the password was hashed. What was verified may be an old password.
+            fresh = await self._users.find(user.id)
+            if fresh is None or fresh.disabled or fresh.password_hash != user.password_hash:
+                raise InvalidCredentials
+            user = fresh
+        raise Unavailable("session_store")
+
+    async def _rebuild(self, token: RefreshToken, key_id: int, client: Client) -> Opened | Denied:
+        """Put back a session that Redis lost, if Postgres has not ended it."""
+        user, ended = await self._users.find_of_session(token.user_id, token.session_id)
+        if user is None or user.disabled:
+            reason: str | None = "user_disabled"
+        else:
+            reason = ended if ended or user.epoch == token.epoch else "logout"
+        if reason is not None or user is None:
+            await self._store.bury(token, reason or "")
+            return Denied("ended", reason or "")
+        bucket = bucket_of_user(user.id)
+        self._feed.learn(bucket, user.revocation)
+        answer = await self._ask(bucket, partial(self._store.rebuild, token, key_id, client))
+        if isinstance(answer, Opened):
+            _log.info("session_rebuilt", user_id=user.id)
+            await self._record(user.id, answer.evicted, "evicted")
+        return answer
+
+    async def _refusal(self, token: RefreshToken, denied: Denied) -> RefreshRefused | UserDisabled:
+        if denied.status in ("reused", "evicted"):
+            await self._record(token.user_id, [token.session_id], denied.status)
+        if denied.status in ("ended", "stale"):
+            return (
+                UserDisabled()
+                if denied.reason == "user_disabled"
+                else RefreshRefused(_ENDED.get(denied.reason, "session_ended"))
+            )
+        return RefreshRefused(_REFUSED[denied.status])
+
+    async def _record(self, user_id: int, session_ids: list[bytes], reason: str) -> None:
+        """Log what Redis ended, before the answer if Postgres is there."""
+        with anyio.move_on_after(RECORD_WAIT_S) as waiting:
+            await self._feed.record(user_id, session_ids, reason)
+        if waiting.cancelled_caught:
+            _log.warning("ending_not_logged_yet", user_id=user_id, reason=reason, sessions=len(session_ids))
+
+    async def _ask(self, bucket: int, ask: Callable[[int], Awaitable[Answer]]) -> Answer:
+        """Ask a script with the highest revocation number that this replica knows."""
+        for _ in range(ROUNDS_MAX):
+            try:
+                return await ask(self._feed.head(bucket))
+            except Behind as behind:
+                await self._feed.catch_up(bucket, behind.applied)
+        raise Unavailable("session_store")
+
+    def _pair(self, user_id: int, session: LiveSession) -> TokenPair:
+        token = RefreshToken(
+            session.key_id,
+            user_id,
+            session.id,
+            session.epoch,
+            session.counter,
+            session.created_ms,
+            session.issued_ms,
+            session.expires_ms,
+        )
+        return TokenPair(
+            access_token=self._mint.make_access(user_id, session.id, encode_base64url(secrets.token_bytes(16))),
+            refresh_token=self._mint.make_refresh(token),
+            expires_in=self._mint.access_ttl_s,
+        )
+
+
+_ENDED: dict[str, RefreshRefusalCode] = {"evicted": "session_evicted", "reused": "refresh_token_reused"}
+_REFUSED: dict[str, RefreshRefusalCode] = {
+    "superseded": "refresh_token_superseded",
+    "reused": "refresh_token_reused",
+    "evicted": "session_evicted",
+    "expired": "refresh_token_expired",
+}

@@ -1,0 +1,289 @@
+"""Access tokens, refresh tokens and the key ring that makes and proves both. Pure: no I/O, the clock is an argument.
+
+A refresh token is ``v1.`` and base64url of these big-endian fields and their HMAC-SHA-256:
+
+    MAC key id u32 | user id u64 | session id 16 bytes | epoch u32 | counter u64 | created, issued, expires u64 ms
+
+So junk is refused with no I/O, every key in Redis follows from the token, and nothing stored can be turned into one.
+Equal fields give equal bytes: that is how a repeated refresh gets the same successor.
+"""
+
+import hashlib
+import hmac
+import struct
+import time
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import msgspec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from joserfc import jwe, jwt
+from joserfc.errors import JoseError
+from joserfc.jwk import ECKey, Key, OctKey, OKPKey
+
+from authd.config import SECRET_BYTES_MIN, Secret, Settings
+
+Algorithm = Literal["ES256", "Ed25519", "HS256"]
+Clock = Callable[[], float]
+
+SESSION_ID_BYTES = 16
+ACCESS_TOKEN_CHARS_MAX = 4096
+
+_REFRESH_PREFIX = "v1."
+_REFRESH_FIELDS = struct.Struct(">IQ16sIQQQQ")
+_MAC_BYTES = hashlib.sha256().digest_size
+_REFRESH_CHARS = len(_REFRESH_PREFIX) + (_REFRESH_FIELDS.size + _MAC_BYTES) // 3 * 4  # a multiple of 3: no padding
+_SHARED_KID = "shared"
+_ID_MAX = 2**63 - 1
+
+
+class InvalidToken(Exception):
+    """The token is not one of ours, or no longer valid."""
+
+
+class ExpiredToken(InvalidToken):
+    """The token was ours, and its time is over."""
+
+
+class AccessClaims(msgspec.Struct, frozen=True):
+    """What a valid access token says. `expires_at` in seconds since the epoch."""
+
+    user_id: int
+    session_id: bytes
+    expires_at: int
+
+
+class RefreshToken(msgspec.Struct, frozen=True):
+    """The fields of a refresh token, in wire order. Times in milliseconds of Redis's clock since the epoch."""
+
+    key_id: int
+    user_id: int
+    session_id: bytes
+    epoch: int
+    counter: int
+    created_ms: int
+    issued_ms: int
+    expires_ms: int
+
+
+class SigningKey(msgspec.Struct, frozen=True):
+    """A key for access tokens. It is published as soon as it is loaded and signs from `active_at` (epoch seconds)."""
+
+    kid: str
+    algorithm: Algorithm
+    key: Key
+    active_at: float
+
+    def __repr__(self) -> str:
+        return f"SigningKey({self.kid!r}, {self.algorithm!r})"
+
+
+class MacKey(msgspec.Struct, frozen=True):
+    """A key for refresh tokens. `active_at` in epoch seconds."""
+
+    id: int
+    secret: bytes
+    active_at: float
+
+    def __repr__(self) -> str:
+        return f"MacKey({self.id})"
+
+
+class KeyRing:
+    """The keys of this process, newest last; replaced as a whole when the stored ring changes."""
+
+    def __init__(self, signing: Sequence[SigningKey], mac: Sequence[MacKey]) -> None:
+        self.replace(signing, mac)
+
+    def replace(self, signing: Sequence[SigningKey], mac: Sequence[MacKey]) -> None:
+        self._signing = {key.kid: key for key in sorted(signing, key=lambda key: key.active_at)}
+        self._mac = {key.id: key for key in sorted(mac, key=lambda key: key.active_at)}
+
+    def signing_key(self, algorithm: Algorithm, now: float) -> SigningKey:
+        return [key for key in self._signing.values() if key.active_at <= now and key.algorithm == algorithm][-1]
+
+    def mac_key(self, now: float) -> MacKey:
+        return [key for key in self._mac.values() if key.active_at <= now][-1]
+
+    def find_signing_key(self, kid: object) -> SigningKey | None:
+        return self._signing.get(kid) if isinstance(kid, str) else None
+
+    def find_mac_key(self, key_id: int) -> MacKey | None:
+        return self._mac.get(key_id)
+
+    def jwks(self) -> dict[str, list[dict[str, Any]]]:
+        """The public keys (RFC 7517). A shared secret is no public key and never stands here."""
+        public = [key for key in self._signing.values() if key.algorithm != "HS256"]
+        return {"keys": [dict(key.key.as_dict(private=False)) for key in public]}
+
+
+class TokenMint:
+    """Makes and proves tokens with the key ring."""
+
+    def __init__(self, settings: Settings, ring: KeyRing, clock: Clock = time.time) -> None:
+        self._ring = ring
+        self._clock = clock
+        self._algorithm: Algorithm = settings.jwt_algorithm
+        self._issuer = settings.issuer
+        self._audience = settings.audience
+        self.access_ttl_s = settings.access_ttl_s
+
+    def mac_key_id(self) -> int:
+        """The key that refresh tokens are made with now."""
+        return self._ring.mac_key(self._clock()).id
+
+    def make_access(self, user_id: int, session_id: bytes, token_id: str) -> str:
+        """A signed access token. `token_id` becomes `jti`."""
+        now = self._clock()
+        key = self._ring.signing_key(self._algorithm, now)
+        claims: dict[str, Any] = {
+            "iss": self._issuer,
+            "sub": str(user_id),
+            "sid": encode_base64url(session_id),
+            "jti": token_id,
+            "iat": int(now),
+            "exp": int(now) + self.access_ttl_s,
+        }
+        if self._audience:
+            claims["aud"] = self._audience
+        # Old services accept any HS256 token whose type is the plain one; others get the type of RFC 9068.
+        header = {"typ": "JWT" if key.algorithm == "HS256" else "at+jwt", "alg": key.algorithm, "kid": key.kid}
+        return jwt.encode(header, claims, key.key, algorithms=[key.algorithm])
+
+    def read_access(self, text: str) -> AccessClaims:
+        """The claims of an access token of ours.
+
+        :raises ExpiredToken: when only its time is over.
+        :raises InvalidToken: otherwise.
+        """
+        if len(text) > ACCESS_TOKEN_CHARS_MAX:
+            raise InvalidToken
+        try:
+            # The key is found by `kid`, and the algorithm allowed is the key's own: a header that says another one
+            # (`none`, or HS256 over a public key) is refused before any signature is computed.
+            found: list[SigningKey] = []
+
+            def key_of(token: Any) -> Key:
+                key = self._ring.find_signing_key(token.headers().get("kid"))
+                if key is None or token.headers().get("alg") != key.algorithm:
+                    raise InvalidToken
+                found.append(key)
+                return key.key
+
+            token = jwt.decode(text, key_of, algorithms=["ES256", "Ed25519", "HS256"])
+        except (JoseError, ValueError, TypeError, RecursionError):
+            raise InvalidToken from None
+        if token.header.get("typ") != ("JWT" if found[0].algorithm == "HS256" else "at+jwt"):
+            raise InvalidToken
+        return self._claims(token.claims)
+
+    def _claims(self, claims: dict[str, Any]) -> AccessClaims:
+        subject, session, expires = claims.get("sub"), claims.get("sid"), claims.get("exp")
+        if claims.get("iss") != self._issuer or (self._audience and claims.get("aud") != self._audience):
+            raise InvalidToken
+        if not (isinstance(subject, str) and subject.isascii() and subject.isdigit() and len(subject) <= 19):
+            raise InvalidToken
+        if not isinstance(session, str) or not isinstance(expires, int | float) or not 0 < int(subject) <= _ID_MAX:
+            raise InvalidToken
+        session_id = decode_base64url(session)
+        if session_id is None or len(session_id) != SESSION_ID_BYTES:
+            raise InvalidToken
+        if not expires > self._clock():
+            raise ExpiredToken
+        return AccessClaims(int(subject), session_id, int(expires))
+
+    def make_refresh(self, token: RefreshToken) -> str:
+        """The text of a refresh token: the same bytes for the same fields."""
+        key = self._ring.find_mac_key(token.key_id)
+        if key is None:
+            raise InvalidToken
+        fields = _REFRESH_FIELDS.pack(*msgspec.structs.astuple(token))
+        return _REFRESH_PREFIX + encode_base64url(fields + _mac(key, fields))
+
+    def read_refresh(self, text: str) -> RefreshToken:
+        """The fields of a refresh token of ours.
+
+        :raises ExpiredToken: when only its time is over.
+        :raises InvalidToken: otherwise.
+        """
+        if len(text) != _REFRESH_CHARS or not text.startswith(_REFRESH_PREFIX):
+            raise InvalidToken
+        raw = decode_base64url(text[len(_REFRESH_PREFIX) :])
+        if raw is None:
+            raise InvalidToken
+        fields, mac = raw[: _REFRESH_FIELDS.size], raw[_REFRESH_FIELDS.size :]
+        token = RefreshToken(*_REFRESH_FIELDS.unpack(fields))
+        key = self._ring.find_mac_key(token.key_id)
+        if key is None or not hmac.compare_digest(mac, _mac(key, fields)):
+            raise InvalidToken
+        if token.expires_ms <= self._clock() * 1000:
+            raise ExpiredToken
+        return token
+
+
+class KeySeal:
+    """Seals keys under the master secret for storage (JWE, A256GCM); opens what it or the previous secret sealed."""
+
+    def __init__(self, secret: Secret, previous: Secret) -> None:
+        self._keys = [_sealing_key(part) for part in (secret, previous) if part]
+
+    def seal(self, plain: bytes, *, label: str) -> str:
+        """`label` says what is sealed and is authenticated with it: rows cannot be swapped for one another."""
+        return jwe.encrypt_compact({"alg": "dir", "enc": "A256GCM", "kid": label}, plain, self._keys[0])
+
+    def open(self, sealed: str, *, label: str) -> bytes:
+        """:raises InvalidToken: when no master secret opens it, or it was sealed under another label."""
+        for key in self._keys:
+            try:
+                opened = jwe.decrypt_compact(sealed, key, algorithms=["dir", "A256GCM"])
+            except (JoseError, ValueError):
+                continue
+            if opened.headers().get("kid") == label and opened.plaintext is not None:
+                return opened.plaintext
+        raise InvalidToken
+
+
+def generate_signing_key(algorithm: Algorithm, kid: str) -> bytes:
+    """A new private key as JWK JSON."""
+    parameters = {"kid": kid, "use": "sig", "alg": algorithm}
+    if algorithm == "ES256":
+        made: Key = ECKey.generate_key("P-256", parameters, private=True)  # type: ignore[arg-type]
+    else:
+        made = OKPKey.generate_key("Ed25519", parameters, private=True)  # type: ignore[arg-type]
+    return msgspec.json.encode(made.as_dict(private=True))
+
+
+def load_signing_key(text: bytes, *, kid: str, algorithm: Algorithm, active_at: float) -> SigningKey:
+    kind = ECKey if algorithm == "ES256" else OKPKey
+    return SigningKey(kid, algorithm, kind.import_key(msgspec.json.decode(text, type=dict[str, Any])), active_at)
+
+
+def shared_signing_key(secret: Secret) -> SigningKey:
+    """The HS256 key that existing services hold too."""
+    return SigningKey(_SHARED_KID, "HS256", OctKey.import_key(secret.reveal().encode()), 0.0)
+
+
+def encode_base64url(raw: bytes) -> str:
+    return urlsafe_b64encode(raw).rstrip(b"=").decode("ascii")
+
+
+def decode_base64url(text: str) -> bytes | None:
+    """The bytes, or None where the text is not the one canonical encoding: two texts of one token would be two tokens
+    to every cache and log.
+    """
+    try:
+        raw = urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    except ValueError:
+        return None
+    return raw if encode_base64url(raw) == text else None
+
+
+def _mac(key: MacKey, fields: bytes) -> bytes:
+    return hmac.digest(key.secret, _REFRESH_PREFIX.encode() + fields, "sha256")
+
+
+def _sealing_key(secret: Secret) -> OctKey:
+    derived = HKDF(SHA256(), SECRET_BYTES_MIN, salt=None, info=b"authd key ring v1").derive(secret.reveal().encode())
+    return OctKey.import_key(derived)

@@ -1,0 +1,70 @@
+"""Several processes on one listening socket: a parent that only starts whole trees and forwards signals."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from types import FrameType
+
+import structlog
+
+from authd.config import Settings
+
+_log = structlog.get_logger()
+
+
+def run_workers(settings: Settings, listener: socket.socket) -> int:
+    """Start `settings.workers` processes and wait for all; return the first exit status that is not 0.
+
+    When one ends unasked the others are told to stop, and the orchestrator starts the whole again.
+    """
+    listener.set_inheritable(True)
+    with tempfile.TemporaryDirectory(prefix="authd-metrics-") as metrics_folder:
+        environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": metrics_folder}
+        # The children's pids come with their handles; a signal that comes before is held back until then.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        children = [
+            subprocess.Popen(  # noqa: S603
+                [sys.executable, "-m", "authd", "serve", "--fd", str(listener.fileno()), "--worker", str(worker)],
+                pass_fds=[listener.fileno()],
+                env=environment,
+                # A terminal's Ctrl-C goes to the parent alone, which forwards it: else it would count twice.
+                start_new_session=True,
+                preexec_fn=_unblock_signals,
+            )
+            for worker in range(settings.workers)
+        ]
+        # While the parent holds the socket, clients can connect to it when no child is left, and hang.
+        listener.close()
+
+        def forward(number: int, _: FrameType | None) -> None:
+            for child in children:
+                child.send_signal(number)
+
+        signal.signal(signal.SIGTERM, forward)
+        signal.signal(signal.SIGINT, forward)
+        _unblock_signals()
+        return _wait(children)
+
+
+def _wait(children: list[subprocess.Popen[bytes]]) -> int:
+    status = 0
+    left = {child.pid: child for child in children}
+    while left:
+        pid, raw = os.waitpid(-1, 0)
+        child = left.pop(pid, None)
+        if child is None:
+            continue
+        child.returncode = os.waitstatus_to_exitcode(raw)
+        if child.returncode != 0 and status == 0:
+            status = abs(child.returncode)
+            _log.error("worker_ended", pid=pid, status=child.returncode)
+        for other in left.values():
+            other.send_signal(signal.SIGTERM)
+    return status
+
+
+def _unblock_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))

@@ -1,0 +1,425 @@
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import anyio
+import pytest
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from blockbuster import BlockBuster
+from prometheus_client import REGISTRY
+
+from authd.config import BUCKETS, Settings, parse_settings
+from authd.delivery import Publisher
+from authd.embedded import KafkaBroker, PostgresServer
+from authd.events import Event
+from authd.kafka.producer import BrokerAway, Producer, RecordRefused
+from authd.postgres.database import Database, open_database
+from authd.postgres.migrate import migrate
+from authd.postgres.outbox import Outbox, add_event
+from authd.postgres.users import Users
+
+pytestmark = pytest.mark.timeout(120)
+
+ARRIVE_S = 60.0
+POLL_S = 0.05
+KAFKA_TIMEOUT_S = 1.0
+
+
+@pytest.fixture
+async def settings(
+    postgres_server: PostgresServer, kafka_broker: KafkaBroker, no_blocking: BlockBuster
+) -> AsyncIterator[Settings]:
+    """A database and a topic of the test's own. Also puts the shared servers right again after it."""
+    name = f"delivery_{uuid.uuid4().hex}"
+    # With a password and without TLS, else asyncpg looks for files of the user at each connection.
+    url = (await postgres_server.create_database(name)).replace("postgres@", "postgres:unused@") + "?sslmode=disable"
+    settings = parse_settings(
+        {
+            "AUTHD_DATABASE_URL": url,
+            "AUTHD_DATABASE_TIMEOUT_S": "2",
+            "AUTHD_REDIS_URL": "redis://127.0.0.1:1",
+            "AUTHD_SECRET": "s" * 32,
+            "AUTHD_KAFKA_BOOTSTRAP_SERVERS": kafka_broker.bootstrap_servers,
+            "AUTHD_KAFKA_REGISTRATION_TOPIC": name,
+            "AUTHD_KAFKA_TIMEOUT_S": str(KAFKA_TIMEOUT_S),
+        }
+    )
+    no_blocking.deactivate()  # migrate reads its files before the service is ready
+    await migrate(settings)
+    no_blocking.activate()
+    yield settings
+    await back(postgres_server)
+    await back(kafka_broker)
+    await postgres_server.drop_database(name)
+
+
+@pytest.fixture
+async def database(settings: Settings) -> AsyncIterator[Database]:
+    async with open_database(settings) as database:
+        yield database
+
+
+async def test_a_registration_arrives_as_its_contract_says(settings: Settings, database: Database) -> None:
+    async with publisher(settings) as publishing:
+        user = await Users(database).insert("Ann@Example.org", "ann@example.org", "", "hash")
+        assert user is not None
+        publishing.offer(user.id % BUCKETS)
+        await until_empty(database)
+    [record] = await read_topic(settings)
+    assert json.loads(record.value) == {
+        "user_id": user.id,
+        "username": "Ann@Example.org",
+        "full_name": "",
+        "created_at": user.created_at.isoformat(),
+    }
+    assert record.key == b"new_user"
+    headers = dict(record.headers)
+    assert headers.keys() == {"event_id", "event_type", "schema_version"}
+    assert uuid.UUID(headers["event_id"].decode())
+    assert (headers["event_type"], headers["schema_version"]) == (b"user.registered", b"1")
+
+
+async def test_an_offer_is_sent_without_waiting_for_a_sweep(
+    settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("authd.delivery.SWEEP_S", 3600)
+    async with publisher(settings) as publishing:
+        for number in range(3):
+            await add(database, 7, number)
+            publishing.offer(7)
+            await until_empty(database)
+    assert await numbers_by_user(settings) == {7: [0, 1, 2]}
+
+
+async def test_two_publishers_keep_each_users_order_and_send_nothing_twice(
+    settings: Settings, database: Database
+) -> None:
+    users, events = range(20), range(40)
+
+    async def commit(user: int, *publishers: Publisher) -> None:
+        # Three users to a lane, so that lanes are shared by users and contended by publishers.
+        user_id = user // 3 + BUCKETS * (user % 3)
+        for number in events:
+            await add(database, user_id, number)
+            publishers[number % 2].offer(user_id % BUCKETS)
+
+    async with publisher(settings) as one, publisher(settings) as other:
+        async with anyio.create_task_group() as group:
+            for user in users:
+                group.start_soon(commit, user, one, other)
+        await until_empty(database)
+    found = await numbers_by_user(settings)
+    assert len(found) == len(users)
+    assert all(numbers == list(events) for numbers in found.values())
+
+
+async def test_more_rows_than_one_lane_transaction_takes_all_arrive_in_order(
+    settings: Settings, database: Database
+) -> None:
+    events = range(450)
+    for number in events:
+        await add(database, 1, number)
+    async with publisher(settings):
+        await until_empty(database)
+    assert await numbers_by_user(settings) == {1: list(events)}
+
+
+async def test_a_full_queue_loses_nothing(settings: Settings, database: Database) -> None:
+    users = range(30)
+    async with publisher(settings, queue_max=1) as publishing:
+        for user in users:
+            await add(database, user, 0)
+            publishing.offer(user)
+        await until_empty(database)
+    assert await numbers_by_user(settings) == {user: [0] for user in users}
+
+
+async def test_events_wait_for_a_broker_that_is_not_there_yet(
+    settings: Settings, database: Database, kafka_broker: KafkaBroker
+) -> None:
+    await kafka_broker.stop()
+    async with publisher(settings) as publishing:
+        for user in range(5):
+            await add(database, user, 0)
+            publishing.offer(user)
+        await until_waiting(database, 5)
+        await kafka_broker.start()
+        await until_empty(database)
+    assert await numbers_by_user(settings) == {user: [0] for user in range(5)}
+
+
+async def freeze(broker: KafkaBroker) -> None:
+    await broker.pause()
+    await anyio.sleep(3 * KAFKA_TIMEOUT_S)
+    await broker.resume()
+
+
+async def kill(broker: KafkaBroker) -> None:
+    await broker.kill()
+    await broker.start()
+
+
+async def restart(broker: KafkaBroker) -> None:
+    await broker.stop()
+    await broker.start()
+
+
+@pytest.mark.parametrize("fault", [freeze, kill, restart])
+async def test_every_event_arrives_in_order_over_a_fault_of_the_broker(
+    settings: Settings, database: Database, kafka_broker: KafkaBroker, fault: Callable[[KafkaBroker], Awaitable[None]]
+) -> None:
+    users = range(12)
+    counts = dict.fromkeys(users, 0)
+    is_over = anyio.Event()
+
+    async def commit(user: int, *publishers: Publisher) -> None:
+        while not is_over.is_set():
+            await add(database, user, counts[user])
+            publishers[counts[user] % 2].offer(user)
+            counts[user] += 1
+            await anyio.sleep(POLL_S)
+
+    async with publisher(settings) as one, publisher(settings) as other, anyio.create_task_group() as group:
+        for user in users:
+            group.start_soon(commit, user, one, other)
+        await until(lambda: min(counts.values()) >= 5)
+        await fault(kafka_broker)
+        after = min(counts.values())
+        await until(lambda: min(counts.values()) >= after + 5)
+        is_over.set()
+        await until_empty(database)
+    found = await numbers_by_user(settings)
+    assert {user: first_deliveries(numbers) for user, numbers in found.items()} == {
+        user: list(range(count)) for user, count in counts.items()
+    }
+
+
+async def test_a_row_leaves_the_outbox_only_when_acknowledged(
+    settings: Settings, database: Database, kafka_broker: KafkaBroker
+) -> None:
+    async with publisher(settings) as publishing:
+        await add(database, 1, 0)
+        publishing.offer(1)
+        await until_empty(database)
+        await kafka_broker.pause()
+        failures = failed("broker_away")
+        await add(database, 1, 1)
+        publishing.offer(1)
+        await until(lambda: failed("broker_away") > failures)
+        assert (await Outbox(database).backlog()).events == 1
+        await kafka_broker.resume()
+        await until_empty(database)
+    [numbers] = (await numbers_by_user(settings)).values()
+    assert first_deliveries(numbers) == [0, 1]
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["frozen", "killed"])
+async def test_postgres_away_loses_nothing(
+    settings: Settings, database: Database, postgres_server: PostgresServer, is_killed: bool
+) -> None:
+    async with publisher(settings) as publishing:
+        for user in range(5):
+            await add(database, user, 0)
+        await (postgres_server.kill() if is_killed else postgres_server.pause())
+        failures = failed("postgres_away")
+        publishing.offer(0)
+        await until(lambda: failed("postgres_away") > failures)
+        await back(postgres_server)
+        await until_empty(database)
+    assert {user: first_deliveries(numbers) for user, numbers in (await numbers_by_user(settings)).items()} == {
+        user: [0] for user in range(5)
+    }
+
+
+async def test_a_refused_event_holds_up_its_user_and_nobody_else(
+    settings: Settings, database: Database, kafka_broker: KafkaBroker
+) -> None:
+    await create_topic(settings, {"max.message.bytes": "2000"})
+    poisoned, other = 1, 1 + BUCKETS  # in one lane
+    await add(database, poisoned, 0)
+    await add(database, poisoned, 1, padding=5000)
+    for number in range(2, 250):
+        await add(database, poisoned, number)
+    for number in range(20):
+        await add(database, other, number)
+    refused = failed("refused")
+    async with publisher(settings):
+        await until_waiting(database, 249)
+        assert 1 <= failed("refused") - refused <= 3
+    found = await numbers_by_user(settings)
+    assert {user: first_deliveries(numbers) for user, numbers in found.items()} == {
+        poisoned: [0],
+        other: list(range(20)),
+    }
+
+
+async def test_a_drained_publisher_has_sent_what_was_offered(settings: Settings, database: Database) -> None:
+    async with publisher(settings) as publishing:
+        for user in range(50):
+            await add(database, user, 0)
+            publishing.offer(user)
+        with anyio.fail_after(15):
+            await publishing.drain()
+        assert (await Outbox(database).backlog()).events == 0
+
+
+async def test_a_publisher_drained_while_the_broker_is_away_returns_at_once(
+    settings: Settings, database: Database, kafka_broker: KafkaBroker
+) -> None:
+    await kafka_broker.kill()
+    await add(database, 1, 0)
+    async with publisher(settings) as publishing:
+        publishing.offer(1)
+        await anyio.wait_all_tasks_blocked()
+        with anyio.fail_after(1):
+            await publishing.drain()
+    assert (await Outbox(database).backlog()).events == 1
+
+
+async def test_a_send_without_an_answer_ends_its_producer_before_it_raises(
+    settings: Settings, kafka_broker: KafkaBroker
+) -> None:
+    await create_topic(settings, {})
+    others = asyncio.all_tasks()
+    async with anyio.create_task_group() as group:
+        producer = Producer(settings)
+        await group.start(producer.run)
+        with anyio.fail_after(10):
+            await producer.wait_connected()
+        await producer.send(make_event(1, 0), settings.kafka_registration_topic, b"key")
+        await kafka_broker.kill()
+        with pytest.raises(BrokerAway), anyio.fail_after(3 * KAFKA_TIMEOUT_S):
+            await producer.send(make_event(1, 1), settings.kafka_registration_topic, b"key")
+        assert not producer.connected
+        group.cancel_scope.cancel()
+    # Nothing of aiokafka is left that could still send the record.
+    await anyio.wait_all_tasks_blocked()
+    assert asyncio.all_tasks() - others == set()
+    await kafka_broker.start()
+    assert await numbers_by_user(settings) == {1: [0]}
+
+
+async def test_a_cancelled_send_leaves_nothing_behind(settings: Settings, kafka_broker: KafkaBroker) -> None:
+    await create_topic(settings, {})
+    others = asyncio.all_tasks()
+    async with anyio.create_task_group() as group:
+        producer = Producer(settings)
+        await group.start(producer.run)
+        with anyio.fail_after(10):
+            await producer.wait_connected()
+        await producer.send(make_event(1, 0), settings.kafka_registration_topic, b"key")
+        await kafka_broker.pause()
+        with anyio.move_on_after(0.2):
+            await producer.send(make_event(1, 1), settings.kafka_registration_topic, b"key")
+        native = asyncio.ensure_future(producer.send(make_event(1, 2), settings.kafka_registration_topic, b"key"))
+        await anyio.wait_all_tasks_blocked()
+        native.cancel()
+        await asyncio.wait([native])
+        group.cancel_scope.cancel()
+    await anyio.wait_all_tasks_blocked()
+    assert asyncio.all_tasks() - others == set()
+
+
+async def test_a_record_too_large_for_any_broker_is_refused_and_the_producer_stays(settings: Settings) -> None:
+    async with anyio.create_task_group() as group:
+        producer = Producer(settings)
+        await group.start(producer.run)
+        with anyio.fail_after(10):
+            await producer.wait_connected()
+        await producer.send(make_event(1, 0), settings.kafka_registration_topic, b"key")
+        with pytest.raises(RecordRefused):
+            await producer.send(make_event(1, 1, padding=2_000_000), settings.kafka_registration_topic, b"key")
+        assert producer.connected
+        await producer.send(make_event(1, 2), settings.kafka_registration_topic, b"key")
+        group.cancel_scope.cancel()
+    assert await numbers_by_user(settings) == {1: [0, 2]}
+
+
+@asynccontextmanager
+async def publisher(settings: Settings, queue_max: int = BUCKETS) -> AsyncIterator[Publisher]:
+    """A publisher that runs, with a pool and a producer of its own: what a replica has."""
+    async with open_database(settings) as database, anyio.create_task_group() as group:
+        producer = Producer(settings)
+        publishing = Publisher(settings, Outbox(database), producer, queue_max=queue_max)
+        await group.start(producer.run)
+        await group.start(publishing.run)
+        yield publishing
+        group.cancel_scope.cancel()
+
+
+def make_event(user_id: int, number: int, padding: int = 0) -> Event:
+    value = json.dumps({"user_id": user_id, "number": number, "padding": "x" * padding}).encode()
+    return Event(
+        id=uuid.uuid4(), channel="registration", type="user.registered", version=1, user_id=user_id, value=value
+    )
+
+
+async def add(database: Database, user_id: int, number: int, padding: int = 0) -> None:
+    async with database.transaction() as connection:
+        await add_event(connection, make_event(user_id, number, padding))
+
+
+async def numbers_by_user(settings: Settings) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for record in await read_topic(settings):
+        value = json.loads(record.value)
+        found.setdefault(value["user_id"], []).append(value["number"])
+    return found
+
+
+async def read_topic(settings: Settings) -> list[ConsumerRecord]:
+    """All that the topic holds now, which is all there is once the outbox is empty."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=settings.kafka_bootstrap_servers[0], auto_offset_reset="earliest")
+    partition = TopicPartition(settings.kafka_registration_topic, 0)
+    records: list[ConsumerRecord] = []
+    with anyio.fail_after(ARRIVE_S):
+        async with consumer:
+            consumer.assign([partition])
+            end = (await consumer.end_offsets([partition]))[partition]
+            while await consumer.position(partition) < end:
+                for batch in (await consumer.getmany(partition, timeout_ms=500)).values():
+                    records += batch
+    return records
+
+
+async def create_topic(settings: Settings, config: dict[str, str]) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap_servers[0])
+    await admin.start()
+    try:
+        await admin.create_topics([NewTopic(settings.kafka_registration_topic, 1, 1, topic_configs=config)])
+    finally:
+        await admin.close()
+
+
+def first_deliveries(numbers: list[int]) -> list[int]:
+    return list(dict.fromkeys(numbers))
+
+
+def failed(reason: str) -> float:
+    return REGISTRY.get_sample_value("authd_publish_failures_total", {"reason": reason}) or 0.0
+
+
+async def back(server: PostgresServer | KafkaBroker) -> None:
+    if server.is_running:
+        await server.resume()
+    else:
+        await server.start()
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    with anyio.fail_after(ARRIVE_S):
+        while not is_so():  # noqa: ASYNC110
+            await anyio.sleep(POLL_S)
+
+
+async def until_waiting(database: Database, events: int) -> None:
+    with anyio.fail_after(ARRIVE_S):
+        while (await Outbox(database).backlog()).events != events:  # noqa: ASYNC110
+            await anyio.sleep(POLL_S)
+
+
+async def until_empty(database: Database) -> None:
+    await until_waiting(database, 0)

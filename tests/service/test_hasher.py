@@ -1,0 +1,395 @@
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import anyio
+import pytest
+from anyio import Event, to_thread
+from anyio.lowlevel import checkpoint
+
+from authd.config import Secret, Settings
+from authd.errors import Unavailable
+from authd.hasher import ACCOUNT_SHARE, Admission, Hasher, Job
+from authd.observe import metrics
+from authd.passwords import Effort, hash_password, verify_password
+
+pytestmark = pytest.mark.anyio
+
+COST = 4
+EFFORT = Effort("bcrypt", COST)
+PATIENCE_S = 20.0
+
+
+@asynccontextmanager
+async def running(*, threads: int = 2, queue_max: int = 1000, deadline_s: float = 14.0) -> AsyncIterator[Hasher]:
+    hasher = Hasher(
+        Settings(
+            database_url=Secret("-"),
+            redis_url=Secret("-"),
+            secret=Secret("-"),
+            bcrypt_cost=COST,
+            hash_threads=threads,
+            hash_queue_max=queue_max,
+            hash_deadline_s=deadline_s,
+        )
+    )
+    with anyio.fail_after(PATIENCE_S):
+        async with anyio.create_task_group() as tree:
+            await tree.start(hasher.run)
+            yield hasher
+            tree.cancel_scope.cancel()
+
+
+class Gate:
+    """Work that holds its thread until the gate opens, and counts the threads it holds."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.lock = threading.Lock()
+        self.inside = self.inside_max = self.finished = 0
+
+    def work(self) -> str:
+        with self.lock:
+            self.inside += 1
+            self.inside_max = max(self.inside_max, self.inside)
+        assert self.opened.wait(PATIENCE_S)
+        with self.lock:
+            self.inside -= 1
+            self.finished += 1
+        return "hashed"
+
+
+class Steps:
+    """The async steps of a job, recorded."""
+
+    def __init__(self, *admissions: Admission | Exception, settling: Exception | None = None) -> None:
+        self.admissions = list(admissions)
+        self.settling = settling
+        self.admitted = 0
+        self.settled: list[str | None] = []
+
+    async def admit(self) -> Admission:
+        self.admitted += 1
+        answer = self.admissions.pop(0) if self.admissions else Admission.HASH
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def settle(self, value: str | None) -> str | None:
+        await anyio.sleep(0.001)
+        self.settled.append(value)
+        if self.settling is not None:
+            raise self.settling
+        return value
+
+    def job(
+        self, work: Callable[[], str], *, effort: Effort = EFFORT, account: str | None = None
+    ) -> "Job[str, str | None]":
+        return Job(effort=effort, work=work, settle=self.settle, admit=self.admit, account=account)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with anyio.fail_after(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110
+            await anyio.sleep(0.002)
+
+
+async def ask(hasher: Hasher, job: Job[str, str | None]) -> str | None:
+    return await hasher.run_job(job)
+
+
+async def refused(call: Awaitable[object]) -> Unavailable:
+    with pytest.raises(Unavailable) as caught:
+        await call
+    assert caught.value.part == "hashing"
+    assert caught.value.retry_after_s is not None and caught.value.retry_after_s >= 1
+    return caught.value
+
+
+def refusals(reason: str) -> float:
+    return float(metrics.hash_refused.labels(reason)._value.get())
+
+
+def waiting() -> float:
+    return float(metrics.hash_waiting._value.get())
+
+
+async def hang_up(request: "asyncio.Task[object]") -> None:
+    """As Quart does when the client leaves: a native cancel, which goes through every anyio shield."""
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+
+
+async def test_it_hashes_and_verifies_off_the_event_loop() -> None:
+    async with running() as hasher:
+        stored = await hasher.hash("correct horse")
+        assert stored.startswith("$2b$04$")
+        assert await hasher.verify("correct horse", stored)
+        assert not await hasher.verify("wrong horse", stored)
+        assert not await hasher.verify("correct horse", None)
+
+
+async def test_a_broken_hash_reaches_its_asker_and_the_next_job_is_served() -> None:
+    async with running(threads=1) as hasher:
+        with pytest.raises(ValueError, match="cannot be hashed"):
+            await hasher.hash("nul\0")
+        assert await hasher.verify("x", hash_password("x", COST))
+
+
+async def test_hang_ups_neither_stop_a_running_hash_nor_free_its_thread() -> None:
+    gate, steps = Gate(), Steps()
+    async with running(threads=2) as hasher:
+        for _ in range(5):
+            requests = [asyncio.ensure_future(hasher.run_job(steps.job(gate.work))) for _ in range(4)]
+            await until(lambda: gate.inside == 2)
+            for request in requests:
+                await hang_up(request)
+        assert gate.finished == 0
+        late = asyncio.ensure_future(hasher.run_job(Steps().job(gate.work)))
+        await anyio.sleep(0.02)
+        assert gate.inside == gate.inside_max == 2
+        gate.opened.set()
+        assert await late == "hashed"
+        assert gate.inside_max == 2
+        # The two that ran are settled with their result; the eighteen that waited were never admitted.
+        await until(lambda: len(steps.settled) == 2)
+        assert steps.settled == ["hashed", "hashed"]
+        assert steps.admitted == 2
+
+
+async def test_a_waiting_job_whose_asker_left_frees_its_place() -> None:
+    gate = Gate()
+    async with running(threads=1, queue_max=2) as hasher:
+        running_job = asyncio.ensure_future(hasher.run_job(Steps().job(gate.work)))
+        await until(lambda: gate.inside == 1)
+        before = waiting()
+        waiters = [asyncio.ensure_future(hasher.run_job(Steps().job(gate.work))) for _ in range(2)]
+        await until(lambda: waiting() == before + 2)
+        await refused(ask(hasher, Steps().job(gate.work)))
+        await hang_up(waiters[0])
+        waiters.append(asyncio.ensure_future(hasher.run_job(Steps().job(gate.work))))
+        gate.opened.set()
+        assert await running_job == await waiters[1] == await waiters[2] == "hashed"
+        assert gate.finished == 3
+        assert waiting() == before
+
+
+async def test_an_asker_who_leaves_during_admission_is_not_hashed_but_settled() -> None:
+    steps, gate, reserving, go = Steps(), Gate(), Event(), Event()
+
+    async def admit() -> Admission:
+        reserving.set()
+        await go.wait()
+        return Admission.HASH
+
+    async with running(threads=1) as hasher:
+        job = Job(effort=EFFORT, work=gate.work, settle=steps.settle, admit=admit)
+        request = asyncio.ensure_future(hasher.run_job(job))
+        await reserving.wait()
+        await hang_up(request)
+        go.set()
+        await until(lambda: steps.settled == [None])
+        assert gate.finished == 0
+
+
+async def test_a_full_queue_refuses_at_once() -> None:
+    gate = Gate()
+    async with running(threads=1, queue_max=3) as hasher, anyio.create_task_group() as requests:
+        requests.start_soon(ask, hasher, Steps().job(gate.work))
+        await until(lambda: gate.inside == 1)
+        before, empty = refusals("full"), waiting()
+        for _ in range(3):
+            requests.start_soon(ask, hasher, Steps().job(gate.work))
+        await until(lambda: waiting() == empty + 3)
+        steps = Steps()
+        await refused(ask(hasher, steps.job(gate.work)))
+        assert refusals("full") == before + 1
+        assert steps.admitted == 0 and steps.settled == []
+        gate.opened.set()
+
+
+async def test_one_account_cannot_fill_the_queue() -> None:
+    gate = Gate()
+    async with running(threads=1, queue_max=4 * ACCOUNT_SHARE) as hasher, anyio.create_task_group() as requests:
+        requests.start_soon(ask, hasher, Steps().job(gate.work))
+        await until(lambda: gate.inside == 1)
+        for _ in range(4):
+            requests.start_soon(ask, hasher, Steps().job(gate.work, account="flooded"))
+        await anyio.sleep(0.01)
+        await refused(ask(hasher, Steps().job(gate.work, account="flooded")))
+        other = asyncio.ensure_future(hasher.run_job(Steps().job(gate.work, account="other")))
+        gate.opened.set()
+        assert await other == "hashed"
+        assert await hasher.run_job(Steps().job(gate.work, account="flooded")) == "hashed"
+
+
+async def test_a_wait_beyond_the_deadline_is_refused_before_any_hashing() -> None:
+    gate = Gate()
+    stored = [hash_password("x", cost) for cost in (4, 8)]
+    async with running(threads=1, deadline_s=2.0) as hasher, anyio.create_task_group() as requests:
+        # Measured, so that the estimate is what this machine takes.
+        for one in stored * 3:
+            assert await hasher.verify("x", one)
+        requests.start_soon(ask, hasher, Steps().job(gate.work))
+        await until(lambda: gate.inside == 1)
+        # An imported hash of a cost nobody has seen yet: minutes of work.
+        requests.start_soon(
+            expect_unavailable, partial(ask, hasher, Steps().job(gate.work, effort=Effort("bcrypt", 18)))
+        )
+        await anyio.sleep(0.01)
+        before, steps, asked_at = refusals("estimate"), Steps(), time.monotonic()
+        error = await refused(ask(hasher, steps.job(gate.work)))
+        assert time.monotonic() - asked_at < 1.0
+        assert error.retry_after_s is not None and error.retry_after_s > 2
+        assert refusals("estimate") == before + 1
+        assert steps.admitted == 0
+        # Its asker gives up at the deadline, and with it the work ahead.
+        await until(lambda: hasher._wait_s() < 1.0)
+        gate.opened.set()
+
+
+async def test_the_estimate_follows_what_hashes_take() -> None:
+    async with running(threads=2) as hasher:
+        for _ in range(30):
+            await hasher.run_job(Job(effort=EFFORT, work=partial(time.sleep, 0.02), settle=_done))
+        assert 0.015 < hasher._times.of(EFFORT) < 0.1
+        # Costs not seen yet are estimated from rounds: each step doubles.
+        assert hasher._times.of(Effort("bcrypt", 9)) == pytest.approx(32 * hasher._times._round_s * 16)
+
+
+async def test_a_job_not_admitted_by_its_deadline_is_refused_and_never_hashed() -> None:
+    gate, steps = Gate(), Steps()
+    async with running(threads=1, deadline_s=0.2) as hasher:
+        first = asyncio.ensure_future(hasher.run_job(Steps().job(gate.work)))
+        await until(lambda: gate.inside == 1)
+        before = refusals("deadline")
+        await refused(ask(hasher, steps.job(gate.work)))
+        assert refusals("deadline") == before + 1
+        # The deadline bounds the wait alone: what runs, runs to its end.
+        gate.opened.set()
+        assert await first == "hashed"
+        assert steps.admitted == 0 and steps.settled == []
+
+
+async def test_what_admission_raises_reaches_the_asker_and_nothing_is_hashed() -> None:
+    gate = Gate()
+    gate.opened.set()
+    async with running(threads=1) as hasher:
+        for error in (Unavailable("session_store"), RuntimeError("a bug")):
+            steps = Steps(error)
+            with pytest.raises(type(error)) as caught:
+                await hasher.run_job(steps.job(gate.work))
+            assert caught.value is error
+            assert steps.settled == [] and gate.finished == 0
+        assert await hasher.run_job(Steps().job(gate.work)) == "hashed"
+
+
+async def test_what_settling_raises_reaches_the_asker_and_the_next_job_is_served() -> None:
+    gate = Gate()
+    gate.opened.set()
+    async with running(threads=1) as hasher:
+        for error in (Unavailable("session_store"), RuntimeError("a bug")):
+            with pytest.raises(type(error)) as caught:
+                await hasher.run_job(Steps(settling=error).job(gate.work))
+            assert caught.value is error
+        assert await hasher.run_job(Steps().job(gate.work)) == "hashed"
+
+
+async def test_broken_work_is_settled_without_a_result() -> None:
+    def broken() -> str:
+        raise RuntimeError("broken thread")
+
+    steps = Steps()
+    async with running(threads=1) as hasher:
+        with pytest.raises(RuntimeError, match="broken thread"):
+            await hasher.run_job(steps.job(broken))
+    assert steps.settled == [None]
+
+
+async def test_a_job_told_to_wait_lets_the_others_pass_and_is_asked_again() -> None:
+    gate, waiter, others = Gate(), Steps(*[Admission.WAIT] * 3), Steps()
+    gate.opened.set()
+    order: list[str] = []
+    async with running(threads=1) as hasher:
+
+        async def ask_as(name: str, steps: Steps) -> None:
+            await hasher.run_job(steps.job(gate.work))
+            order.append(name)
+
+        async with anyio.create_task_group() as requests:
+            requests.start_soon(ask_as, "waiter", waiter)
+            await until(lambda: waiter.admitted == 1)
+            for _ in range(3):
+                requests.start_soon(ask_as, "other", others)
+    assert order == ["other"] * 3 + ["waiter"]
+    assert waiter.admitted == 4
+    assert waiter.settled == ["hashed"]
+
+
+async def test_a_job_that_waits_too_long_is_refused_and_asked_no_more() -> None:
+    gate, steps = Gate(), Steps(*[Admission.WAIT] * 1000)
+    async with running(threads=1, deadline_s=0.3) as hasher:
+        await refused(ask(hasher, steps.job(gate.work)))
+        asked = steps.admitted
+        assert 1 < asked <= 7
+        await anyio.sleep(0.15)
+        assert steps.admitted == asked
+        assert steps.settled == [] and gate.finished == 0
+
+
+async def test_shutdown_finishes_and_settles_what_runs_and_refuses_what_waits() -> None:
+    gate, ran, waited = Gate(), Steps(), Steps(*[Admission.WAIT] * 1000)
+    async with running(threads=1) as hasher:
+        pass
+    await refused(ask(hasher, ran.job(gate.work)))
+
+    async with anyio.create_task_group() as requests:
+        async with running(threads=2) as hasher:
+            for _ in range(2):
+                requests.start_soon(ask, hasher, ran.job(gate.work))
+            await until(lambda: gate.inside == 2)
+            requests.start_soon(expect_unavailable, partial(ask, hasher, waited.job(gate.work)))
+            await anyio.sleep(0.01)
+            requests.start_soon(open_later, gate)
+        # The tree has ended here: after the hashes, not before.
+        assert gate.finished == 2
+        assert ran.settled == ["hashed", "hashed"]
+    assert waited.admitted == 0
+
+
+async def test_threads_are_never_overcommitted_by_a_crowd_that_comes_and_goes() -> None:
+    gate, steps = Gate(), Steps()
+    gate.opened.set()
+
+    def work() -> str:
+        gate.work()
+        verify_password("x", None, COST)
+        return "hashed"
+
+    async with running(threads=2) as hasher:
+        requests = [asyncio.ensure_future(hasher.run_job(steps.job(work))) for _ in range(300)]
+        for request in requests[::3]:
+            await checkpoint()
+            request.cancel()
+        results = await asyncio.gather(*requests, return_exceptions=True)
+        assert results.count("hashed") >= 200
+        await until(lambda: len(steps.settled) == steps.admitted)
+        assert gate.inside_max <= 2
+        assert steps.settled.count("hashed") == gate.finished
+
+
+async def expect_unavailable(call: Callable[[], Awaitable[object]]) -> None:
+    await refused(call())
+
+
+async def open_later(gate: Gate) -> None:
+    await to_thread.run_sync(time.sleep, 0.05)
+    gate.opened.set()
+
+
+async def _done(value: None) -> None:
+    return value

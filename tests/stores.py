@@ -1,0 +1,54 @@
+"""Fixtures: the real stores, started when first asked for, once per run of pytest, and gone at its end.
+
+A missing Java or Maven skips on a laptop and fails where CI is set: a green build has run everything.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from authd.embedded import KafkaBroker, PostgresServer, RedisCluster, RedisServer, fetch_libs, find_java_and_maven
+
+
+@pytest.fixture(scope="session")
+def stores_folder() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="authd-tests-"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+async def postgres_server(anyio_backend: object, stores_folder: Path) -> AsyncIterator[PostgresServer]:
+    async with PostgresServer(stores_folder / "postgres", durable=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+async def redis_server(anyio_backend: object, stores_folder: Path) -> AsyncIterator[RedisServer]:
+    async with RedisServer(stores_folder / "redis", durable=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+async def redis_cluster(anyio_backend: object, stores_folder: Path) -> AsyncIterator[RedisCluster]:
+    async with RedisCluster(stores_folder / "redis-cluster") as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+async def kafka_broker(anyio_backend: object, stores_folder: Path) -> AsyncIterator[KafkaBroker]:
+    require_kafka()
+    async with KafkaBroker(stores_folder / "kafka", await fetch_libs()) as broker:
+        yield broker
+
+
+def require_kafka() -> None:
+    if missing := find_java_and_maven().missing:
+        sentence = f"the real Kafka needs {missing}"
+        if os.environ.get("CI"):
+            pytest.fail(sentence, pytrace=False)
+        pytest.skip(sentence)
