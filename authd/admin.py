@@ -7,10 +7,14 @@ from typing import Literal
 import anyio
 
 from authd.accounts import username_key
+from authd.clients import FRESH_S, ClientRegistry
 from authd.config import Settings
 from authd.errors import Unavailable
 from authd.kafka.producer import Producer
+from authd.keys import KeyKeeper
+from authd.postgres.clients import Clients
 from authd.postgres.database import open_database
+from authd.postgres.keys import Keys
 from authd.postgres.migrate import migrate as run_migrations
 from authd.postgres.revocations import Revocations
 from authd.postgres.users import Users
@@ -61,6 +65,43 @@ async def enable_user(settings: Settings, username: str) -> int:
     return await _set_disabled(settings, username, "user_enabled")
 
 
+async def add_client(settings: Settings, name: str) -> int:
+    async with open_database(settings) as database:
+        client = await ClientRegistry(Clients(database)).add(name)
+    _say(f"client_id={client.client_id}\nclient_secret={client.secret}")
+    return 0
+
+
+async def list_clients(settings: Settings) -> int:
+    async with open_database(settings) as database:
+        for client in await Clients(database).list_all():
+            _say(f"{client.client_id}  {client.created_at.isoformat(timespec='seconds')}  {client.name}")
+    return 0
+
+
+async def remove_client(settings: Settings, client_id: str) -> int:
+    async with open_database(settings) as database:
+        if not await Clients(database).delete(client_id):
+            return _complain("No such client.")
+    _say(f"Removed. Running replicas forget it within {FRESH_S:.0f} s.")
+    return 0
+
+
+async def list_keys(settings: Settings) -> int:
+    async with open_database(settings) as database:
+        for key in await Keys(database).load():
+            since = max(key.active_at, key.created_at).isoformat(timespec="seconds")
+            _say(f"{key.kid}  {key.purpose:8}  counts from {since}")
+    return 0
+
+
+async def rotate_keys(settings: Settings) -> int:
+    async with open_database(settings) as database:
+        for kid in await KeyKeeper(settings, Keys(database)).rotate():
+            _say(f"{kid}  published; counts in {settings.key_publish_s} s")
+    return 0
+
+
 async def _set_disabled(settings: Settings, username: str, reason: Literal["user_disabled", "user_enabled"]) -> int:
     keep = timedelta(seconds=settings.session_ttl_s)
     async with open_database(settings) as database, open_redis(settings) as redis:
@@ -90,7 +131,11 @@ async def _check_kafka(settings: Settings) -> str:
 
 
 def _no_user(more: str = "") -> int:
-    print("authd:", f"No such user{', ' * bool(more)}{more}.", file=sys.stderr)  # noqa: T201
+    return _complain(f"No such user{', ' * bool(more)}{more}.")
+
+
+def _complain(sentence: str) -> int:
+    print("authd:", sentence, file=sys.stderr)  # noqa: T201
     return 1
 
 

@@ -1,4 +1,4 @@
-"""The commands: serve, dev, migrate, check, users."""
+"""The commands: serve, dev, migrate, check, users, clients, keys."""
 
 import argparse
 import os
@@ -88,6 +88,26 @@ def _parser() -> argparse.ArgumentParser:
         user = users.add_parser(name, help=help_text)
         user.add_argument("username")
         user.set_defaults(command=lambda options, action=action: _run(partial(action, username=options.username)))
+
+    clients = commands.add_parser("clients", help="register services that may ask about tokens").add_subparsers(
+        required=True, metavar="action"
+    )
+    client = clients.add_parser("add", help="register one and print its secret, once")
+    client.add_argument("name")
+    client.set_defaults(command=lambda options: _run(partial(admin.add_client, name=options.name)))
+    client = clients.add_parser("list", help="all of them")
+    client.set_defaults(command=lambda _: _run(admin.list_clients))
+    client = clients.add_parser("remove", help="forget one")
+    client.add_argument("client_id")
+    client.set_defaults(command=lambda options: _run(partial(admin.remove_client, client_id=options.client_id)))
+
+    keys = commands.add_parser("keys", help="look at and rotate the keys of tokens").add_subparsers(
+        required=True, metavar="action"
+    )
+    keys.add_parser("list", help="all of them").set_defaults(command=lambda _: _run(admin.list_keys))
+    keys.add_parser("rotate", help="add a next key of each kind; it signs AUTHD_KEY_PUBLISH_S later").set_defaults(
+        command=lambda _: _run(admin.rotate_keys)
+    )
     return parser
 
 

@@ -93,7 +93,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # Tokens and sessions
     jwt_algorithm: Literal["ES256", "Ed25519", "HS256"] = "ES256"
     jwt_secret: Secret = Secret("")
-    issuer: Annotated[str, Meta(min_length=1, max_length=256)] = "authd"
+    issuer: Annotated[str, Meta(min_length=1, max_length=256)] = "http://localhost:8000"
     audience: Annotated[str, Meta(max_length=256)] = ""
     access_ttl_s: Seconds = 1800
     refresh_ttl_s: Seconds = 30 * 86_400
@@ -101,6 +101,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     session_ttl_s: Seconds = 180 * 86_400
     session_policy: Literal["evict_oldest", "refuse"] = "evict_oldest"
     max_active_sessions: Annotated[int, Meta(ge=1, le=100)] = 10
+    key_max_age_s: Seconds = 90 * 86_400
+    key_publish_s: Annotated[int, Meta(ge=1, le=30 * 86_400)] = 900
     secret: Secret
     secret_previous: Secret = Secret("")
 
@@ -190,10 +192,12 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         if len(settings.jwt_secret.reveal().encode()) < SECRET_BYTES_MIN:
             yield f"AUTHD_JWT_SECRET must have at least {SECRET_BYTES_MIN} bytes with AUTHD_JWT_ALGORITHM=HS256."
         # Every downstream service holds the JWT secret; it must not open the key ring.
-        if settings.jwt_secret in (settings.secret, settings.secret_previous):
+        if settings.jwt_secret and settings.jwt_secret in (settings.secret, settings.secret_previous):
             yield "AUTHD_JWT_SECRET must differ from AUTHD_SECRET: services that hold it would hold the master key."
     elif settings.jwt_secret:
         yield f"AUTHD_JWT_SECRET is only for AUTHD_JWT_ALGORITHM=HS256, which is {settings.jwt_algorithm}."
+    if settings.key_max_age_s <= settings.key_publish_s:
+        yield "AUTHD_KEY_MAX_AGE_S must be above AUTHD_KEY_PUBLISH_S."
     if settings.hash_deadline_s >= settings.request_timeout_s:
         yield "AUTHD_HASH_DEADLINE_S must be below AUTHD_REQUEST_TIMEOUT_S."
     if settings.kafka_security_protocol.startswith("SASL") and not (

@@ -102,6 +102,18 @@ class UserDisabled(Refusal):
     detail = "This user is gone or disabled."
 
 
+class UnknownSession(Refusal):
+    code = "session_unknown"
+    detail = "There is no such session of this user."
+
+
+class InvalidClient(Refusal):
+    """The service that asks about a token is not registered, or its secret is wrong (RFC 6749, 5.2)."""
+
+    code = "invalid_client"
+    detail = "This endpoint is for registered service clients."
+
+
 class SessionLimit(Refusal):
     """Only with AUTHD_SESSION_POLICY=refuse. It is no failed login."""
 

@@ -32,7 +32,7 @@ class Health:
     def __init__(self, required: Mapping[str, Callable[[], Awaitable[object]]], events: Callable[[], bool]) -> None:
         self._required = required
         self._events = events
-        self._parts = dict.fromkeys(required, False)
+        self._parts = dict.fromkeys(required, True)
         self.is_draining = False
 
     async def run(self, *, task_status: TaskStatus[None]) -> None:

@@ -146,7 +146,9 @@ class RevocationFeed:
         delay_s = 0.1
         while True:
             try:
-                row = await self._revocations.add_session(bucket, job.user_id, job.session_id, job.reason, self._keep)
+                row = await self._revocations.add_sessions(
+                    bucket, job.user_id, [job.session_id], job.reason, self._keep
+                )
                 break
             except Unavailable:
                 _log.warning("revocation_not_logged", user_id=job.user_id, reason=job.reason, retry_in_s=delay_s)

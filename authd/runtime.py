@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import anyio
@@ -22,6 +23,7 @@ from anyio.abc import TaskStatus
 from hypercorn.config import Config
 
 from authd.accounts import Accounts
+from authd.clients import ClientRegistry, TokenDesk
 from authd.config import Settings
 from authd.delivery import FLUSH_S, Publisher
 from authd.errors import Unavailable
@@ -29,10 +31,12 @@ from authd.hasher import Hasher
 from authd.health import Health
 from authd.http.app import App
 from authd.http.credentials import make_credentials
+from authd.http.oauth import make_oauth
 from authd.http.operations import make_operations
 from authd.kafka.producer import Producer
-from authd.keys import SealedByAnotherSecret, load_key_ring
+from authd.keys import KeyKeeper, SealedByAnotherSecret
 from authd.observe.logs import flush_logs
+from authd.postgres.clients import Clients
 from authd.postgres.database import Database, open_database
 from authd.postgres.keys import Keys
 from authd.postgres.migrate import SchemaTooNew, migrate
@@ -80,7 +84,9 @@ async def _serve(
     stop: anyio.Event,
     on_ready: Callable[[], None] | None,
 ) -> None:
-    ring = await load_key_ring(settings, Keys(database))
+    keeper = KeyKeeper(settings, Keys(database))
+    ring = await keeper.load()
+    mint = TokenMint(settings, ring)
     users = Users(database)
     revocations = Revocations(database)
     store = SessionStore(redis, settings)
@@ -90,8 +96,9 @@ async def _serve(
     hasher = Hasher(settings)
     sessions = Sessions(
         settings,
-        TokenMint(settings, ring),
+        mint,
         users,
+        revocations,
         store,
         UserCache(redis, settings),
         Throttle(redis, settings),
@@ -106,10 +113,12 @@ async def _serve(
         settings,
         [
             make_credentials(settings, Accounts(users, hasher, publisher), sessions),
+            make_oauth(settings, ClientRegistry(Clients(database)), TokenDesk(mint, sessions)),
             make_operations(health, ring),
         ],
     )
     async with AsyncExitStack() as tree:
+        await tree.enter_async_context(running(partial(keeper.follow, ring)))
         await tree.enter_async_context(running(feed.run))
         if producer is not None and publisher is not None:
             await tree.enter_async_context(running(producer.run))

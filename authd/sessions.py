@@ -5,10 +5,10 @@ answers `Behind`, the missing rows are applied first and the script is asked aga
 """
 
 import secrets
-from collections.abc import Awaitable, Callable
-from datetime import timedelta
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import anyio
 import msgspec
@@ -24,10 +24,12 @@ from authd.errors import (
     RefreshRefused,
     SessionLimit,
     Unavailable,
+    UnknownSession,
     UserDisabled,
 )
 from authd.hasher import Admission, Hasher, Job
 from authd.passwords import effort_to_verify, verify_password
+from authd.postgres.revocations import Revocations
 from authd.postgres.users import User, Users
 from authd.redis.client import bucket_of_user
 from authd.redis.sessions import Behind, Client, Denied, Live, LiveSession, Opened, Rotated, SessionStore
@@ -41,6 +43,7 @@ from authd.tokens import (
     InvalidToken,
     RefreshToken,
     TokenMint,
+    decode_base64url,
     encode_base64url,
 )
 
@@ -49,6 +52,7 @@ ROUNDS_MAX = 4
 #: How long an answer waits for Postgres to hold what Redis has decided already; the tombstone in Redis holds anyway.
 RECORD_WAIT_S = 2.0
 
+LogoutScope = Literal["current", "others", "all"]
 Answer = TypeVar("Answer")
 
 _log = structlog.get_logger()
@@ -66,12 +70,25 @@ class TokenPair(msgspec.Struct, frozen=True, kw_only=True):
         return "TokenPair(***)"
 
 
+class SessionView(msgspec.Struct, frozen=True, kw_only=True):
+    """A session as its user sees it. Times: ISO 8601 with offset."""
+
+    id: str
+    created_at: str
+    last_used_at: str
+    expires_at: str
+    address: str
+    user_agent: str
+    current: bool
+
+
 class Sessions:
     def __init__(
         self,
         settings: Settings,
         mint: TokenMint,
         users: Users,
+        revocations: Revocations,
         store: SessionStore,
         cache: UserCache,
         throttle: Throttle,
@@ -80,6 +97,7 @@ class Sessions:
     ) -> None:
         self._mint = mint
         self._users = users
+        self._revocations = revocations
         self._store = store
         self._cache = cache
         self._throttle = throttle
@@ -138,7 +156,7 @@ class Sessions:
 
         :raises InvalidAccessToken, Unavailable:
         """
-        claims, live = await self._authenticate(access_token)
+        claims, live = await self.authenticate(access_token)
         if live.user_json:
             return msgspec.json.decode(live.user_json, type=Profile)
         user = await self._users.find(claims.user_id)
@@ -148,30 +166,80 @@ class Sessions:
         await self._cache.store(user.id, user.version, msgspec.json.encode(profile))
         return profile
 
-    async def end_all(self, access_token: str) -> None:
-        """End every session of the token's user. When this returns, Postgres holds it and Redis has applied it.
+    async def list_own(self, access_token: str) -> list[SessionView]:
+        """The live sessions of the token's user, oldest first.
+
+        :raises InvalidAccessToken, Unavailable:
+        """
+        claims, _ = await self.authenticate(access_token)
+        return [_view(session, claims.session_id) for session in await self._list(claims.user_id)]
+
+    async def end(self, access_token: str, session_id: str) -> None:
+        """End one live session of the token's user.
+
+        :raises UnknownSession: also for one that has ended, or that is somebody else's.
+        :raises InvalidAccessToken, Unavailable: see `logout`.
+        """
+        claims, _ = await self.authenticate(access_token)
+        wanted = decode_base64url(session_id)
+        if wanted is None or all(session.id != wanted for session in await self._list(claims.user_id)):
+            raise UnknownSession
+        await self.end_logged(claims.user_id, [wanted], "logout")
+
+    async def logout(self, access_token: str, scope: LogoutScope) -> None:
+        """End the token's session, its user's others, or all. When this returns, Postgres holds it and Redis has
+        applied it: no replica accepts a token of theirs.
 
         :raises InvalidAccessToken:
         :raises Unavailable: also when only Redis has not applied it yet: it will before it serves that user again.
         """
-        claims, _ = await self._authenticate(access_token)
-        row = await self._users.end_all_sessions(claims.user_id, "logout", self._keep)
-        if row is None:
-            raise InvalidAccessToken
+        claims, _ = await self.authenticate(access_token)
+        if scope == "all":
+            row = await self._users.end_all_sessions(claims.user_id, "logout", self._keep)
+            if row is None:
+                raise InvalidAccessToken
+            await self._feed.applied(row.bucket, row.number)
+        elif scope == "current":
+            await self.end_logged(claims.user_id, [claims.session_id], "logout")
+        else:
+            others = [session.id for session in await self._list(claims.user_id) if session.id != claims.session_id]
+            if others:
+                await self.end_logged(claims.user_id, others, "logout")
+
+    async def end_logged(self, user_id: int, session_ids: Sequence[bytes], reason: str) -> None:
+        """End sessions: first in the log, then in Redis."""
+        row = await self._revocations.add_sessions(bucket_of_user(user_id), user_id, session_ids, reason, self._keep)
         await self._feed.applied(row.bucket, row.number)
 
-    async def _authenticate(self, access_token: str) -> tuple[AccessClaims, Live]:
+    async def end_of_token(self, token: RefreshToken, reason: str) -> None:
+        """End the session of a refresh token, also where Redis has lost it; nothing where the log has its end."""
+        user, ended = await self._users.find_of_session(token.user_id, token.session_id)
+        if user is not None and ended is None and user.epoch == token.epoch:
+            await self.end_logged(token.user_id, [token.session_id], reason)
+
+    async def find_live(self, user_id: int, session_id: bytes) -> Live | None:
+        """The session, unless it has ended or Redis does not know it."""
+        answer = await self._ask(bucket_of_user(user_id), partial(self._store.inspect, user_id, session_id))
+        return answer if isinstance(answer, Live) else None
+
+    async def authenticate(self, access_token: str) -> tuple[AccessClaims, Live]:
+        """What a valid access token of a live session says.
+
+        :raises InvalidAccessToken, Unavailable:
+        """
         try:
             claims = self._mint.read_access(access_token)
         except InvalidToken:
             raise InvalidAccessToken from None
-        inspect = partial(self._store.inspect, claims.user_id, claims.session_id)
-        answer = await self._ask(bucket_of_user(claims.user_id), inspect)
         # A session that Redis does not know is dead to an access token: it rebuilds nothing, since in HS256 mode every
         # downstream service could forge one.
-        if isinstance(answer, Denied):
+        live = await self.find_live(claims.user_id, claims.session_id)
+        if live is None:
             raise InvalidAccessToken
-        return claims, answer
+        return claims, live
+
+    async def _list(self, user_id: int) -> list[LiveSession]:
+        return await self._ask(bucket_of_user(user_id), partial(self._store.list_live, user_id))
 
     async def _verify(self, address: str, account: str, password: str, user: User | None) -> bool:
         """Whether the password matches, after exactly one hash, which is counted whatever becomes of the request."""
@@ -285,6 +353,22 @@ class Sessions:
             refresh_token=self._mint.make_refresh(token),
             expires_in=self._mint.access_ttl_s,
         )
+
+
+def _view(session: LiveSession, current: bytes) -> SessionView:
+    return SessionView(
+        id=encode_base64url(session.id),
+        created_at=_iso(session.created_ms),
+        last_used_at=_iso(session.issued_ms),
+        expires_at=_iso(session.expires_ms),
+        address=session.client.address,
+        user_agent=session.client.user_agent,
+        current=session.id == current,
+    )
+
+
+def _iso(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")
 
 
 _ENDED: dict[str, RefreshRefusalCode] = {"evicted": "session_evicted", "reused": "refresh_token_reused"}

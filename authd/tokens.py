@@ -10,11 +10,12 @@ Equal fields give equal bytes: that is how a repeated refresh gets the same succ
 
 import hashlib
 import hmac
+import re
 import struct
 import time
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import msgspec
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -36,7 +37,8 @@ _REFRESH_FIELDS = struct.Struct(">IQ16sIQQQQ")
 _MAC_BYTES = hashlib.sha256().digest_size
 _REFRESH_CHARS = len(_REFRESH_PREFIX) + (_REFRESH_FIELDS.size + _MAC_BYTES) // 3 * 4  # a multiple of 3: no padding
 _SHARED_KID = "shared"
-_ID_MAX = 2**63 - 1
+_USER_ID = re.compile(r"[1-9][0-9]{0,18}")
+_USER_ID_MAX = 2**63 - 1
 
 
 class InvalidToken(Exception):
@@ -48,10 +50,14 @@ class ExpiredToken(InvalidToken):
 
 
 class AccessClaims(msgspec.Struct, frozen=True):
-    """What a valid access token says. `expires_at` in seconds since the epoch."""
+    """What a valid access token says. Times in seconds since the epoch; `audience` may be empty."""
 
     user_id: int
     session_id: bytes
+    token_id: str
+    issuer: str
+    audience: str
+    issued_at: int
     expires_at: int
 
 
@@ -180,19 +186,28 @@ class TokenMint:
         return self._claims(token.claims)
 
     def _claims(self, claims: dict[str, Any]) -> AccessClaims:
-        subject, session, expires = claims.get("sub"), claims.get("sid"), claims.get("exp")
+        subject, session = claims.get("sub"), claims.get("sid")
+        issued, expires = claims.get("iat"), claims.get("exp")
         if claims.get("iss") != self._issuer or (self._audience and claims.get("aud") != self._audience):
             raise InvalidToken
-        if not (isinstance(subject, str) and subject.isascii() and subject.isdigit() and len(subject) <= 19):
+        if not isinstance(subject, str) or not _USER_ID.fullmatch(subject) or int(subject) > _USER_ID_MAX:
             raise InvalidToken
-        if not isinstance(session, str) or not isinstance(expires, int | float) or not 0 < int(subject) <= _ID_MAX:
+        if not isinstance(session, str) or not _is_time(issued) or not _is_time(expires):
             raise InvalidToken
         session_id = decode_base64url(session)
         if session_id is None or len(session_id) != SESSION_ID_BYTES:
             raise InvalidToken
         if not expires > self._clock():
             raise ExpiredToken
-        return AccessClaims(int(subject), session_id, int(expires))
+        return AccessClaims(
+            user_id=int(subject),
+            session_id=session_id,
+            token_id=str(claims.get("jti", "")),
+            issuer=self._issuer,
+            audience=self._audience,
+            issued_at=int(issued),
+            expires_at=int(expires),
+        )
 
     def make_refresh(self, token: RefreshToken) -> str:
         """The text of a refresh token: the same bytes for the same fields."""
@@ -278,6 +293,10 @@ def decode_base64url(text: str) -> bytes | None:
     except ValueError:
         return None
     return raw if encode_base64url(raw) == text else None
+
+
+def _is_time(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 def _mac(key: MacKey, fields: bytes) -> bytes:

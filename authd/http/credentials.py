@@ -1,11 +1,20 @@
-"""Register, log in, refresh, log out, and who am I."""
+"""Register, log in, refresh, log out, who am I, and where am I logged in."""
 
 from quart import Blueprint, Response, request
 
 from authd.accounts import Accounts
 from authd.config import Settings
 from authd.http.client import bearer_token, find_client
-from authd.http.wire import RefreshRequest, RegisterRequest, StatusReply, json_response, read_form, read_json
+from authd.http.wire import (
+    RefreshRequest,
+    RegisterRequest,
+    SessionsReply,
+    StatusReply,
+    json_response,
+    read_form,
+    read_json,
+    read_logout_scope,
+)
 from authd.sessions import Sessions, TokenPair
 
 
@@ -32,7 +41,16 @@ def make_credentials(settings: Settings, accounts: Accounts, sessions: Sessions)
 
     @routes.post("/logout")
     async def logout() -> Response:
-        await sessions.end_all(bearer_token(request))
+        await sessions.logout(bearer_token(request), await read_logout_scope(request))
+        return json_response(StatusReply())
+
+    @routes.get("/sessions")
+    async def list_sessions() -> Response:
+        return json_response(SessionsReply(await sessions.list_own(bearer_token(request))))
+
+    @routes.delete("/sessions/<session_id>")
+    async def end_session(session_id: str) -> Response:
+        await sessions.end(bearer_token(request), session_id)
         return json_response(StatusReply())
 
     @routes.get("/me")

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 from quart import Response
 
-from authd.errors import InvalidRequest, Refusal, Unavailable
+from authd.errors import InvalidClient, InvalidRequest, Refusal, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -27,6 +27,8 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "session_evicted": (401, "Session ended"),
     "user_disabled": (403, "User disabled"),
     "session_limit": (403, "Session limit"),
+    "session_unknown": (404, "Session unknown"),
+    "invalid_client": (401, "Invalid client"),
     "user_store_unavailable": (503, "Service unavailable"),
     "session_store_unavailable": (503, "Service unavailable"),
     "login_busy": (503, "Service unavailable"),
@@ -39,6 +41,15 @@ PROBLEMS: dict[str, tuple[int, str]] = {
 }
 
 
+#: What OAuth's own libraries read beside the problem (RFC 6749, 5.2).
+_OAUTH_ERRORS = {
+    "invalid_client": "invalid_client",
+    "invalid_credentials": "invalid_grant",
+    "invalid_request": "invalid_request",
+    "malformed_request": "invalid_request",
+}
+
+
 class ProblemResponse(Response):
     """Keeps the code for the request's log line and metric."""
 
@@ -47,13 +58,15 @@ class ProblemResponse(Response):
 
 def refusal_response(refusal: Refusal) -> Response:
     """The answer to a refused request."""
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"error": _OAUTH_ERRORS[refusal.code]} if refusal.code in _OAUTH_ERRORS else {}
     if isinstance(refusal, InvalidRequest):
         extra["errors"] = [{"field": field, "detail": detail} for field, detail in refusal.errors.items()]
     response = problem_response(refusal.code, refusal.detail, **extra)
     if refusal.retry_after_s is not None:
         response.headers["Retry-After"] = str(refusal.retry_after_s)
-    if response.status_code == 401:
+    if isinstance(refusal, InvalidClient):
+        response.headers["WWW-Authenticate"] = 'Basic realm="authd", charset="UTF-8"'
+    elif response.status_code == 401:
         # RFC 6750: a request without a token gets no error code.
         error = ', error="invalid_token"' if refusal.code == "token_invalid" else ""
         response.headers["WWW-Authenticate"] = f'Bearer realm="authd"{error}'

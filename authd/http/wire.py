@@ -7,6 +7,7 @@ import msgspec
 from quart import Request, Response
 
 from authd.errors import InvalidRequest, MalformedRequest, Refusal
+from authd.sessions import LogoutScope, SessionView
 
 FORM_FIELDS_MAX = 32
 
@@ -19,6 +20,14 @@ class RegisterRequest(msgspec.Struct):
 
 class RefreshRequest(msgspec.Struct):
     refresh_token: str
+
+
+class LogoutRequest(msgspec.Struct):
+    scope: LogoutScope = "all"
+
+
+class SessionsReply(msgspec.Struct):
+    sessions: list[SessionView]
 
 
 class StatusReply(msgspec.Struct):
@@ -47,10 +56,8 @@ async def read_json(request: Request, kind: type[Body]) -> Body:
     body = bytes(await request.get_data(cache=False, as_text=False))  # type: ignore[arg-type]
     try:
         return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError:
+    except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
         raise _field_errors(body, kind) from None
-    except (msgspec.DecodeError, ValueError, RecursionError):
-        raise MalformedRequest("The body is not JSON in UTF-8.") from None
 
 
 async def read_form(request: Request, *required: str) -> dict[str, str]:
@@ -60,7 +67,7 @@ async def read_form(request: Request, *required: str) -> dict[str, str]:
     """
     if request.mimetype != "application/x-www-form-urlencoded":
         raise UnsupportedMediaType("application/x-www-form-urlencoded")
-    body = bytes(await request.get_data(cache=False, as_text=False))  # type: ignore[arg-type]
+    body = bytes(await request.get_data(as_text=False))  # type: ignore[arg-type]
     try:
         pairs = parse_qsl(body.decode(), errors="strict", max_num_fields=FORM_FIELDS_MAX)
     except ValueError:
@@ -74,13 +81,32 @@ async def read_form(request: Request, *required: str) -> dict[str, str]:
     return fields
 
 
+async def read_logout_scope(request: Request) -> LogoutScope:
+    """The `scope` of the query, or of a JSON body or a form; `all` where there is none, and old clients send none.
+
+    :raises MalformedRequest, InvalidRequest:
+    """
+    scope = request.args.get("scope")
+    if scope is None and request.mimetype == "application/x-www-form-urlencoded":
+        scope = (await read_form(request)).get("scope")
+    elif scope is None and request.mimetype == "application/json" and request.content_length:
+        return (await read_json(request, LogoutRequest)).scope
+    try:
+        return msgspec.convert({} if scope is None else {"scope": scope}, LogoutRequest).scope
+    except msgspec.ValidationError:
+        raise InvalidRequest({"scope": "One of current, others and all is taken."}) from None
+
+
 def json_response(value: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, content_type="application/json")
 
 
 def _field_errors(body: bytes, kind: type[msgspec.Struct]) -> Refusal:
-    """Every field that is missing or of a wrong type: msgspec itself stops at the first."""
-    raw = msgspec.json.decode(body)
+    """Every field that is missing or of a wrong type: msgspec itself stops at the first, and reads no further."""
+    try:
+        raw = msgspec.json.decode(body)
+    except (ValueError, RecursionError):
+        return MalformedRequest("The body is not JSON in UTF-8.")
     if not isinstance(raw, dict):
         return MalformedRequest("The body is not a JSON object.")
     errors = {}

@@ -1,10 +1,11 @@
 """The stored key ring. Secrets come and go sealed; opening them is the business of authd.tokens."""
 
-from datetime import datetime
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 
 import msgspec
 
-from authd.postgres.database import Connection, Database
+from authd.postgres.database import Database
 from authd.postgres.queries import load_queries
 
 _QUERIES = load_queries("keys.sql")
@@ -18,6 +19,7 @@ class StoredKey(msgspec.Struct, frozen=True, kw_only=True):
     kid: str
     sealed: str
     active_at: datetime
+    created_at: datetime
 
 
 class NewKey(msgspec.Struct, frozen=True):
@@ -31,20 +33,20 @@ class Keys:
         self._database = database
 
     async def load(self) -> list[StoredKey]:
+        """All keys, oldest first."""
         return [StoredKey(**row) for row in await self._database.fetch(_QUERIES["list_keys"])]
 
-    async def ensure(self, candidates: list[NewKey]) -> list[StoredKey]:
-        """Add each candidate whose purpose has no key yet and return all keys. Replicas that start together on an
-        empty database agree: the table is locked while one of them looks and adds.
+    async def add(self, key: NewKey, publish: timedelta) -> None:
+        """Add a key that counts `publish` from now."""
+        await self._database.fetch(_QUERIES["insert_next_key"], key.purpose, key.kid, key.sealed, publish)
+
+    async def add_if_due(self, key: NewKey, publish: timedelta, max_age: timedelta) -> None:
+        """Add the key if it is the first of its purpose, or the newest is older than `max_age`. Replicas that find it
+        due together add one: the table is locked while one of them looks and adds.
         """
         async with self._database.transaction() as connection:
             await connection.execute(_QUERIES["lock_keys"])
-            present = {key.purpose for key in await _list(connection)}
-            for key in candidates:
-                if key.purpose not in present:
-                    await connection.execute(_QUERIES["insert_first_key"], key.purpose, key.kid, key.sealed)
-            return await _list(connection)
+            await connection.execute(_QUERIES["insert_key_if_due"], key.purpose, key.kid, key.sealed, publish, max_age)
 
-
-async def _list(connection: Connection) -> list[StoredKey]:
-    return [StoredKey(**row) for row in await connection.fetch(_QUERIES["list_keys"])]
+    async def delete(self, ids: Sequence[int]) -> None:
+        await self._database.fetch(_QUERIES["delete_keys"], list(ids))

@@ -1,5 +1,6 @@
 """The revocation log: every ending of a session, numbered without gaps in its bucket."""
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 import msgspec
@@ -36,18 +37,22 @@ class Revocations:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def add_session(self, bucket: int, user_id: int, session_id: bytes, reason: str, keep: timedelta) -> Revoked:
-        """Log the ending of one session in a transaction of its own."""
+    async def add_sessions(
+        self, bucket: int, user_id: int, session_ids: Sequence[bytes], reason: str, keep: timedelta
+    ) -> Revoked:
+        """Log the ending of at least one session of a user in one transaction; the last row's place."""
         async with self._database.transaction() as connection:
-            return await add_revocation(
-                connection,
-                bucket=bucket,
-                user_id=user_id,
-                session_id=session_id,
-                epoch=None,
-                reason=reason,
-                keep=keep,
-            )
+            for session_id in session_ids:
+                row = await add_revocation(
+                    connection,
+                    bucket=bucket,
+                    user_id=user_id,
+                    session_id=session_id,
+                    epoch=None,
+                    reason=reason,
+                    keep=keep,
+                )
+        return row
 
     async def heads(self) -> dict[int, int]:
         """The last number of each bucket that has one."""

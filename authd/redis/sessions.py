@@ -57,9 +57,15 @@ class Rotated(msgspec.Struct, frozen=True):
 
 
 class Live(msgspec.Struct, frozen=True):
-    """The session of an access token lives. `user_json`: the cached user, or empty."""
+    """The session of a token lives. `user_json`: the cached user, or empty."""
 
     user_json: bytes
+    id: bytes
+    value: bytes
+
+    @property
+    def session(self) -> LiveSession:
+        return _unpack(self.id, self.value)
 
 
 class Behind(Exception):
@@ -100,6 +106,7 @@ class SessionStore:
         self._open = client.script("session_open")
         self._rotate = client.script("session_rotate")
         self._inspect = client.script("session_inspect")
+        self._list = client.script("session_list")
         self._apply = client.script("session_apply")
         self._skip = client.script("session_skip")
         self._bury = client.script("session_bury")
@@ -160,10 +167,18 @@ class SessionStore:
         reply = await self._client.read(self._inspect, self._keys(user_id), revocation, session_id)
         if reply[0] == b"live":
             _, _, user_json = reply[1].partition(b"|")
-            return Live(user_json)
+            return Live(user_json, session_id, reply[2])
         if reply[0] == b"behind":
             raise Behind(int(reply[1]))
         return Denied("dead")
+
+    async def list_live(self, user_id: int, revocation: int) -> list[LiveSession]:
+        """The user's live sessions, oldest first."""
+        reply = await self._client.read(self._list, self._keys(user_id)[:2], revocation)
+        if reply[0] == b"behind":
+            raise Behind(int(reply[1]))
+        sessions = [_unpack(bytes(id_), value) for id_, value in zip(reply[1::2], reply[2::2], strict=True)]
+        return sorted(sessions, key=lambda session: (session.created_ms, session.id))
 
     async def apply(
         self,

@@ -102,14 +102,18 @@ class Throttle:
     async def reserve(self, address: str, account: str) -> Reserved | Locked | Wait:
         """Reserve one attempt in all three counters, or in none."""
         attempt = Reserved(self._new_id(), self._counters(address, account))
-        replies = await _all([partial(self._reserve_one, attempt.id, counter) for counter in attempt.counters])
-        taken = [c for c, reply in zip(attempt.counters, replies, strict=True) if isinstance(reply, Reserved)]
-        if len(taken) == len(attempt.counters):
+        pair, *others = attempt.counters
+        # Alone at first: a flood on a locked pair must not hold places in the account's counter, which others share.
+        refusal = await self._reserve_one(attempt.id, pair)
+        if refusal is not None:
+            return refusal
+        replies = await _all([partial(self._reserve_one, attempt.id, counter) for counter in others])
+        if replies == [None, None]:
             return attempt
-        # What cannot be released expires by itself, and so does one whose reply was lost.
+        # What cannot be released expires by itself, and so does a reservation whose reply was lost.
+        taken = [pair, *(c for c, reply in zip(others, replies, strict=True) if reply is None)]
         await _all([partial(self._settle_one, attempt.id, counter, Outcome.RELEASED) for counter in taken])
-        refusals = _values(replies)
-        locks = [reply.retry_after_s for reply in refusals if isinstance(reply, Locked)]
+        locks = [reply.retry_after_s for reply in _values(replies) if isinstance(reply, Locked)]
         return Locked(max(locks)) if locks else Wait()
 
     async def settle(self, attempt: Reserved, outcome: Outcome) -> tuple[CounterKind, ...]:
@@ -127,13 +131,13 @@ class Throttle:
         _values(statuses)
         return locked
 
-    async def _reserve_one(self, attempt_id: str, counter: _Counter) -> Reserved | Locked | Wait:
+    async def _reserve_one(self, attempt_id: str, counter: _Counter) -> Locked | Wait | None:
         reply = await self._client.decide(
             self._reserve, counter.bucket, [counter.key], attempt_id, counter.limit, self._reservation_ttl_ms
         )
         if reply[0] == b"locked":
             return Locked(_seconds(int(reply[2])))
-        return Reserved(attempt_id, (counter,)) if reply[0] == b"reserved" else Wait()
+        return None if reply[0] == b"reserved" else Wait()
 
     async def _settle_one(self, attempt_id: str, counter: _Counter, outcome: Outcome) -> bytes:
         arguments = (counter.limit, self._lockout_ms) if outcome is Outcome.FAILED else ()

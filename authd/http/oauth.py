@@ -1,0 +1,79 @@
+"""The standard endpoints for services: introspection, revocation and the metadata that names them."""
+
+from typing import Any
+from urllib.parse import urlsplit
+
+from authlib.oauth2.rfc6749.util import extract_basic_authorization
+from authlib.oauth2.rfc8414 import AuthorizationServerMetadata
+from quart import Blueprint, Request, Response, abort, request
+
+from authd.clients import ClientRegistry, TokenDesk
+from authd.config import Settings
+from authd.errors import InvalidClient
+from authd.http.wire import json_response, read_form
+
+METADATA_MAX_AGE_S = 300
+CLIENT_AUTHENTICATION = ["client_secret_basic", "client_secret_post"]
+
+
+def make_oauth(settings: Settings, registry: ClientRegistry, desk: TokenDesk) -> Blueprint:
+    routes = Blueprint("oauth", __name__)
+    metadata = make_metadata(settings.issuer)
+
+    async def authenticated_form() -> dict[str, str]:
+        """The form of a registered client. Nothing is said of a token before the client is known."""
+        form = await read_form(request)
+        client_id, secret = _basic_credentials(request)
+        await registry.authenticate(client_id or form.get("client_id"), secret or form.get("client_secret"))
+        return await read_form(request, "token")
+
+    @routes.post("/auth/introspect")
+    async def introspect() -> Response:
+        form = await authenticated_form()
+        response = json_response(await desk.introspect(form["token"]))
+        response.headers["Cache-Control"] = "no-store"
+        return response
+
+    @routes.post("/auth/revoke")
+    async def revoke() -> Response:
+        form = await authenticated_form()
+        await desk.revoke(form["token"])
+        return json_response({})
+
+    @routes.get("/.well-known/oauth-authorization-server")
+    async def describe() -> Response:
+        if metadata is None:
+            abort(404)
+        response = json_response(metadata)
+        response.headers["Cache-Control"] = f"public, max-age={METADATA_MAX_AGE_S}"
+        return response
+
+    return routes
+
+
+def make_metadata(issuer: str) -> dict[str, Any] | None:
+    """RFC 8414. None where the issuer is no URL, from which the others could be made."""
+    if urlsplit(issuer).scheme not in ("http", "https"):
+        return None
+    base = issuer.rstrip("/")
+    metadata: dict[str, Any] = AuthorizationServerMetadata(
+        issuer=issuer,
+        token_endpoint=f"{base}/auth/login",
+        token_endpoint_auth_methods_supported=["none"],
+        grant_types_supported=["password"],
+        response_types_supported=[],
+        jwks_uri=f"{base}/.well-known/jwks.json",
+        introspection_endpoint=f"{base}/auth/introspect",
+        introspection_endpoint_auth_methods_supported=CLIENT_AUTHENTICATION,
+        revocation_endpoint=f"{base}/auth/revoke",
+        revocation_endpoint_auth_methods_supported=CLIENT_AUTHENTICATION,
+    )
+    return metadata
+
+
+def _basic_credentials(request: Request) -> tuple[str | None, str | None]:
+    try:
+        client_id, secret = extract_basic_authorization(request.headers)
+    except ValueError:  # no UTF-8
+        raise InvalidClient from None
+    return client_id, secret
