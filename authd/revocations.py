@@ -123,15 +123,16 @@ class RevocationFeed:
 
         :raises Unavailable: when the heads cannot be read at the start.
         """
-        self._learn_all(await self._revocations.heads())
-        async with anyio.create_task_group() as group:
-            for _ in range(CATCH_UP_TASKS):
-                group.start_soon(self._catch_up_task)
-            for _ in range(ENDING_TASKS):
-                group.start_soon(self._ending_task)
-            group.start_soon(self._follow_heads)
-            group.start_soon(self._delete_expired)
-            task_status.started()
+        with self._catch_ups[0], self._catch_ups[1], self._endings[0], self._endings[1]:
+            self._learn_all(await self._revocations.heads())
+            async with anyio.create_task_group() as group:
+                for _ in range(CATCH_UP_TASKS):
+                    group.start_soon(self._catch_up_task)
+                for _ in range(ENDING_TASKS):
+                    group.start_soon(self._ending_task)
+                group.start_soon(self._follow_heads)
+                group.start_soon(self._delete_expired)
+                task_status.started()
 
     async def _catch_up_task(self) -> None:
         async for job in self._catch_ups[1]:

@@ -35,6 +35,7 @@ from authd.http.oauth import make_oauth
 from authd.http.operations import make_operations
 from authd.kafka.producer import Producer
 from authd.keys import KeyKeeper, SealedByAnotherSecret
+from authd.login import PasswordCheck
 from authd.observe.logs import flush_logs
 from authd.postgres.clients import Clients
 from authd.postgres.database import Database, open_database
@@ -101,8 +102,7 @@ async def _serve(
         revocations,
         store,
         UserCache(redis, settings),
-        Throttle(redis, settings),
-        hasher,
+        PasswordCheck(settings, users, Throttle(redis, settings), hasher),
         feed,
     )
     health = Health(

@@ -14,12 +14,11 @@ import anyio
 import msgspec
 import structlog
 
-from authd.accounts import Profile, profile_of, username_key
+from authd.accounts import Profile, profile_of
 from authd.config import Settings
 from authd.errors import (
     InvalidAccessToken,
     InvalidCredentials,
-    LoginLocked,
     RefreshRefusalCode,
     RefreshRefused,
     SessionLimit,
@@ -27,13 +26,11 @@ from authd.errors import (
     UnknownSession,
     UserDisabled,
 )
-from authd.hasher import Admission, Hasher, Job
-from authd.passwords import effort_to_verify, verify_password
+from authd.login import PasswordCheck
 from authd.postgres.revocations import Revocations
 from authd.postgres.users import User, Users
 from authd.redis.client import bucket_of_user
 from authd.redis.sessions import Behind, Client, Denied, Live, LiveSession, Opened, Rotated, SessionStore
-from authd.redis.throttle import Locked, Outcome, Reserved, Throttle
 from authd.redis.users import UserCache
 from authd.revocations import RevocationFeed
 from authd.tokens import (
@@ -91,8 +88,7 @@ class Sessions:
         revocations: Revocations,
         store: SessionStore,
         cache: UserCache,
-        throttle: Throttle,
-        hasher: Hasher,
+        passwords: PasswordCheck,
         feed: RevocationFeed,
     ) -> None:
         self._mint = mint
@@ -100,30 +96,18 @@ class Sessions:
         self._revocations = revocations
         self._store = store
         self._cache = cache
-        self._throttle = throttle
-        self._hasher = hasher
+        self._passwords = passwords
         self._feed = feed
-        self._bcrypt_cost = settings.bcrypt_cost
         self._keep = timedelta(seconds=settings.session_ttl_s)
 
     async def login(self, username: str, password: str, client: Client) -> TokenPair:
         """Open a session for whoever knows the password.
 
-        :raises InvalidCredentials: the same for an unknown user, a wrong password and a disabled user.
-        :raises LoginLocked:
+        :raises InvalidCredentials, LoginLocked, Unavailable: see `PasswordCheck.check`.
         :raises SessionLimit: only with the policy `refuse`.
-        :raises Unavailable:
         """
-        key = username_key(username)
-        locked_s = await self._throttle.locked_s(client.address, key)
-        if locked_s is not None:
-            raise LoginLocked(locked_s)
-        user = await self._users.find_by_username_key(key)
-        usable = user if user is not None and not user.disabled else None
-        matches = await self._verify(client.address, key, password, usable)
-        if usable is None or not matches:
-            raise InvalidCredentials
-        return await self._open(usable, client)
+        user = await self._passwords.check(username, password, client.address)
+        return await self._open(user, client)
 
     async def refresh(self, refresh_token: str, client: Client) -> TokenPair:
         """Exchange a refresh token for its successor, once; see session_rotate.lua.
@@ -240,38 +224,6 @@ class Sessions:
 
     async def _list(self, user_id: int) -> list[LiveSession]:
         return await self._ask(bucket_of_user(user_id), partial(self._store.list_live, user_id))
-
-    async def _verify(self, address: str, account: str, password: str, user: User | None) -> bool:
-        """Whether the password matches, after exactly one hash, which is counted whatever becomes of the request."""
-        stored = user.password_hash if user is not None else None
-        attempt: Reserved | None = None
-
-        async def admit() -> Admission:
-            nonlocal attempt
-            answer = await self._throttle.reserve(address, account)
-            if isinstance(answer, Locked):
-                raise LoginLocked(answer.retry_after_s)
-            if isinstance(answer, Reserved):
-                attempt = answer
-                return Admission.HASH
-            return Admission.WAIT
-
-        async def settle(matches: bool | None) -> bool:
-            if attempt is not None:
-                outcome = Outcome.RELEASED if matches is None else Outcome.SUCCEEDED if matches else Outcome.FAILED
-                for kind in await self._throttle.settle(attempt, outcome):
-                    _log.warning("login_locked", counter=kind, address=address, user_id=user.id if user else None)
-            return bool(matches)
-
-        return await self._hasher.run_job(
-            Job(
-                effort=effort_to_verify(stored, self._bcrypt_cost),
-                work=partial(verify_password, password, stored, self._bcrypt_cost),
-                admit=admit,
-                settle=settle,
-                account=account,
-            )
-        )
 
     async def _open(self, user: User, client: Client) -> TokenPair:
         session_id = secrets.token_bytes(SESSION_ID_BYTES)

@@ -9,12 +9,17 @@ import pytest
 import uvloop
 from blockbuster import blockbuster_ctx
 
-pytest_plugins = ["stores"]
+pytest_plugins = ["stores", "service_process", "service.world"]
 
 TESTS = Path(__file__).parent
 LOOP_GUARDED = {"unit", "service"}
-#: What a process does once and then has in memory: imports inside libraries, redis-py's look at its own version.
-ONCE = (("<frozen importlib._bootstrap>", "_find_and_load"), ("importlib/metadata/__init__.py", "version"))
+#: What a process does once and then has in memory: imports inside libraries, redis-py's look at its own version, and
+#: the scripts.
+ONCE = (
+    ("<frozen importlib._bootstrap>", "_find_and_load"),
+    ("importlib/metadata/__init__.py", "version"),
+    ("authd/redis/client.py", "load_script"),
+)
 INTERNET = {socket.AF_INET, socket.AF_INET6}
 
 
