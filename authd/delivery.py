@@ -46,7 +46,12 @@ class Publisher:
     def __init__(self, settings: Settings, outbox: Outbox, producer: Producer, *, queue_max: int = BUCKETS) -> None:
         self._outbox = outbox
         self._producer = producer
-        self._registration = (settings.kafka_registration_topic, settings.kafka_registration_key.encode())
+        self._topics: dict[str, str] = {
+            "registration": settings.kafka_registration_topic,
+            "events": settings.kafka_events_topic,
+            "revocations": settings.kafka_revocations_topic,
+        }
+        self._registration_key = settings.kafka_registration_key
         self._senders = max(1, settings.database_pool_per_worker // POOL_SHARE)
         # Everything inside a lane's transaction has a deadline of its own; this one is for a frozen Postgres.
         self._lane_timeout_s = (
@@ -221,13 +226,12 @@ class Publisher:
             metrics.events_published.labels(row.event.type).inc()
 
     async def _send(self, event: Event) -> None:
-        match event.channel:
-            case "registration":
-                topic, key = self._registration
-            case _:
-                # Written by a newer replica during a roll-out: it waits until that one sends it.
-                raise RecordRefused("unknown channel")
-        await self._producer.send(event, topic, key)
+        topic = self._topics.get(event.channel)
+        if topic is None:
+            # Written by a newer replica during a roll-out: it waits until that one sends it.
+            raise RecordRefused("unknown channel")
+        key = self._registration_key if event.key is None else event.key
+        await self._producer.send(event, topic, key.encode())
 
     def _push(self, lane: int) -> None:
         if len(self._offered) < self._queue_max:

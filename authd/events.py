@@ -1,25 +1,53 @@
-"""The events authd tells the world, as their consumers read them."""
+"""The events authd tells the world, as their consumers read them; docs/events.md is their page.
+
+Three channels, each a topic of the settings, read when an event is sent: a wrong one is mended by a restart, also for
+the events that wait.
+    registration  the contract's topic: one record for each user, four fields, nothing else
+    events        everything, keyed by user id
+    revocations   compacted, keyed by what was revoked: for services that verify access tokens without asking authd
+"""
 
 import uuid
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 import msgspec
 
-#: Where an event goes. The topic behind each is a setting, read when the event is sent: a wrong one is mended by a
-#: restart, also for the events that wait.
-Channel = Literal["registration"]
+from authd.config import Settings
+from authd.tokens import encode_base64url
+
+Channel = Literal["registration", "events", "revocations"]
+EventType = Literal[
+    "user.registered",
+    "user.disabled",
+    "user.enabled",
+    "session.opened",
+    "session.evicted",
+    "session.reuse_detected",
+    "session.ended",
+    "sessions.ended",
+    "login.locked",
+    "token.revoked",
+]
+
+#: The events that happen once to a session get the same id however often they are recorded.
+_NAMESPACE = uuid.UUID("b1d7e1d0-6b0c-4a52-9d2e-5d0b8a9c1f47")
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """One event: `value` is the JSON that consumers read, the rest travels in message headers."""
+    """One event: `value` is what consumers read, the rest travels in the message's key and headers.
+
+    `key` is None for the key that the settings name. `value` is None for a tombstone in a compacted topic. `user_id` is
+    0 where an event is about no known user.
+    """
 
     id: uuid.UUID
     channel: Channel
-    type: str
+    type: EventType
     version: int
     user_id: int
-    value: bytes
+    key: str | None
+    value: bytes | None
 
 
 class UserRegistered(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,13 +59,145 @@ class UserRegistered(msgspec.Struct, frozen=True, kw_only=True):
     created_at: str
 
 
-def user_registered(user_id: int, username: str, full_name: str, created_at: datetime) -> Event:
-    value = UserRegistered(user_id=user_id, username=username, full_name=full_name, created_at=created_at.isoformat())
+class UserChanged(msgspec.Struct, frozen=True, kw_only=True):
+    """`user.disabled`, `user.enabled`."""
+
+    user_id: int
+    occurred_at: str
+
+
+class SessionChanged(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`session.opened` (with address and user agent), `session.evicted`, `session.reuse_detected`, `session.ended`."""
+
+    user_id: int
+    session_id: str
+    occurred_at: str
+    reason: str = ""
+    address: str = ""
+    user_agent: str = ""
+
+
+class SessionsEnded(msgspec.Struct, frozen=True, kw_only=True):
+    """`sessions.ended`: all that were opened below the epoch."""
+
+    user_id: int
+    epoch: int
+    reason: str
+    occurred_at: str
+
+
+class LoginLocked(msgspec.Struct, frozen=True, kw_only=True):
+    """`login.locked`. `counter` is what reached its limit; `user_id` is null where no user has the username. The
+    username itself is not told: people type passwords there.
+    """
+
+    user_id: int | None
+    address: str
+    counter: str
+    occurred_at: str
+
+
+class TokenRevoked(msgspec.Struct, frozen=True, kw_only=True):
+    """A record of the compacted topic. It concerns access tokens whose `sid` is `session_id`, or whose `sub` is
+    `user_id` and whose `epoch` is below `epoch`: exact, whatever the clocks say. None of them lives after `until`.
+    """
+
+    user_id: int
+    session_id: str | None
+    epoch: int | None
+    reason: str
+    until: str
+
+
+class EventFactory:
+    """Makes the events of this deployment. Without a broker only the contract's are promised: the others would wait
+    for nobody.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._is_told = bool(settings.kafka_bootstrap_servers)
+        self._access_ttl = timedelta(seconds=settings.access_ttl_s)
+
+    @property
+    def access_ttl(self) -> timedelta | None:
+        """How long a revocation is announced; None where it is not."""
+        return self._access_ttl if self._is_told else None
+
+    def user_registered(self, user_id: int, username: str, full_name: str, created_at: datetime) -> list[Event]:
+        value = UserRegistered(
+            user_id=user_id, username=username, full_name=full_name, created_at=created_at.isoformat()
+        )
+        contract = Event(
+            id=uuid.uuid4(),
+            channel="registration",
+            type="user.registered",
+            version=1,
+            user_id=user_id,
+            key=None,
+            value=msgspec.json.encode(value),
+        )
+        return [contract, *self.told("user.registered", user_id, value)]
+
+    def user_changed(self, kind: Literal["user.disabled", "user.enabled"], user_id: int) -> list[Event]:
+        return self.told(kind, user_id, UserChanged(user_id=user_id, occurred_at=_now()))
+
+    def session_ended(self, user_id: int, session_id: bytes, reason: str) -> list[Event]:
+        sid = encode_base64url(session_id)
+        value = SessionChanged(user_id=user_id, session_id=sid, reason=reason, occurred_at=_now())
+        return self.told("session.ended", user_id, value)
+
+    def sessions_ended(self, user_id: int, epoch: int, reason: str) -> list[Event]:
+        value = SessionsEnded(user_id=user_id, epoch=epoch, reason=reason, occurred_at=_now())
+        return self.told("sessions.ended", user_id, value)
+
+    def revoked(self, user_id: int, session_id: bytes | None, epoch: int | None, reason: str) -> list[Event]:
+        """The record for services that verify tokens by themselves."""
+        if not self._is_told:
+            return []
+        value = TokenRevoked(
+            user_id=user_id,
+            session_id=None if session_id is None else encode_base64url(session_id),
+            epoch=epoch,
+            reason=reason,
+            until=(datetime.now(UTC) + self._access_ttl).isoformat(timespec="seconds"),
+        )
+        return [revocation_record(user_id, session_id, msgspec.json.encode(value))]
+
+    def told(self, kind: EventType, user_id: int, value: msgspec.Struct, *, once: str = "") -> list[Event]:
+        """An event for everybody. `once`: what makes it the same event when it is recorded again."""
+        if not self._is_told:
+            return []
+        event_id = uuid.uuid5(_NAMESPACE, f"{kind}:{once}") if once else uuid.uuid4()
+        return [
+            Event(
+                id=event_id,
+                channel="events",
+                type=kind,
+                version=1,
+                user_id=user_id,
+                key=str(user_id),
+                value=msgspec.json.encode(value),
+            )
+        ]
+
+
+def revocation_record(user_id: int, session_id: bytes | None, value: bytes | None) -> Event:
+    """A record of the compacted topic, or with no value the tombstone that ends it."""
     return Event(
         id=uuid.uuid4(),
-        channel="registration",
-        type="user.registered",
+        channel="revocations",
+        type="token.revoked",
         version=1,
         user_id=user_id,
-        value=msgspec.json.encode(value),
+        key=f"user:{user_id}" if session_id is None else encode_base64url(session_id),
+        value=value,
     )
+
+
+def iso(ms: int) -> str:
+    """ISO 8601 with offset of ms since the epoch."""
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

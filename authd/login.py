@@ -58,7 +58,7 @@ class PasswordCheck:
 
         async def admit() -> Admission:
             nonlocal attempt
-            answer = await self._throttle.reserve(address, account)
+            answer = await self._throttle.reserve(address, account, user.id if user else 0)
             if isinstance(answer, Locked):
                 raise LoginLocked(answer.retry_after_s)
             if isinstance(answer, Reserved):

@@ -11,7 +11,6 @@ import socket
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -37,19 +36,13 @@ from authd.kafka.producer import Producer
 from authd.keys import KeyKeeper, SealedByAnotherSecret
 from authd.login import PasswordCheck
 from authd.observe.logs import flush_logs
-from authd.postgres.clients import Clients
 from authd.postgres.database import Database, open_database
-from authd.postgres.keys import Keys
 from authd.postgres.migrate import SchemaTooNew, migrate
-from authd.postgres.outbox import Outbox
-from authd.postgres.revocations import Revocations
-from authd.postgres.users import Users
 from authd.redis.client import RedisClient, open_redis
-from authd.redis.sessions import SessionStore
-from authd.redis.throttle import Throttle
-from authd.redis.users import UserCache
+from authd.relay import EventRelay
 from authd.revocations import RevocationFeed
 from authd.sessions import Sessions
+from authd.stores import PostgresStores, RedisStores
 from authd.tokens import TokenMint
 
 LISTEN_BACKLOG = 1024
@@ -85,35 +78,41 @@ async def _serve(
     stop: anyio.Event,
     on_ready: Callable[[], None] | None,
 ) -> None:
-    keeper = KeyKeeper(settings, Keys(database))
+    remembered, decided = PostgresStores(settings, database), RedisStores(settings, redis)
+    keeper = KeyKeeper(settings, remembered.keys)
     ring = await keeper.load()
     mint = TokenMint(settings, ring)
-    users = Users(database)
-    revocations = Revocations(database)
-    store = SessionStore(redis, settings)
-    feed = RevocationFeed(revocations, store, timedelta(seconds=settings.session_ttl_s))
-    producer = Producer(settings) if settings.kafka_bootstrap_servers else None
-    publisher = Publisher(settings, Outbox(database), producer) if producer is not None else None
     hasher = Hasher(settings)
+    producer = Producer(settings) if settings.kafka_bootstrap_servers else None
+    publisher = Publisher(settings, remembered.outbox, producer) if producer is not None else None
+
+    def offer_lane(lane: int) -> None:
+        if publisher is not None:
+            publisher.offer(lane)
+
+    feed = RevocationFeed(remembered.revocations, decided.sessions, offer_lane)
+    relay = EventRelay(decided.streams, remembered.relay, remembered.events, feed, offer_lane)
+    passwords = PasswordCheck(settings, remembered.users, decided.throttle, hasher)
     sessions = Sessions(
-        settings,
         mint,
-        users,
-        revocations,
-        store,
-        UserCache(redis, settings),
-        PasswordCheck(settings, users, Throttle(redis, settings), hasher),
+        remembered.users,
+        remembered.revocations,
+        decided.sessions,
+        decided.user_cache,
+        passwords,
         feed,
+        relay.offer,
     )
     health = Health(
-        {"user_store": revocations.heads, "session_store": redis.ping},
+        {"user_store": database.ping, "session_store": redis.ping},
         events=lambda: producer is not None and producer.connected,
     )
+    accounts = Accounts(remembered.users, hasher, offer_lane)
     app = App(
         settings,
         [
-            make_credentials(settings, Accounts(users, hasher, publisher), sessions),
-            make_oauth(settings, ClientRegistry(Clients(database)), TokenDesk(mint, sessions)),
+            make_credentials(settings, accounts, sessions),
+            make_oauth(settings, ClientRegistry(remembered.clients), TokenDesk(mint, sessions)),
             make_operations(health, ring),
         ],
     )
@@ -123,6 +122,7 @@ async def _serve(
         if producer is not None and publisher is not None:
             await tree.enter_async_context(running(producer.run))
             await tree.enter_async_context(running(publisher.run, last=publisher.drain))
+        await tree.enter_async_context(running(relay.run, last=relay.drain))
         await tree.enter_async_context(running(health.run))
         await tree.enter_async_context(running(hasher.run))
         await tree.enter_async_context(_serving(app, listener, settings, health))

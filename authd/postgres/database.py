@@ -48,6 +48,9 @@ class Database:
             async with self._pool.acquire() as connection:
                 return await connection.fetchrow(query, *arguments)
 
+    async def ping(self) -> None:
+        await self.fetch_row("SELECT")
+
     @asynccontextmanager
     async def transaction(self, timeout_s: float | None = None) -> AsyncGenerator[Connection, None]:
         """A transaction whose every step, the commit too, is under one deadline."""

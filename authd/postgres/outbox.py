@@ -66,20 +66,25 @@ class Outbox:
         return Backlog(**row) if row is not None else Backlog(0, 0.0)
 
 
-async def add_event(connection: Connection, event: Event) -> None:
-    """Promise the event in the caller's transaction, which must hold the lock of the user's row: so ids are in commit
+async def add_events(connection: Connection, events: Sequence[Event]) -> None:
+    """Promise the events in the caller's transaction, which holds the lock of the user's row: so ids are in commit
     order for each user.
     """
-    lane = event.user_id % BUCKETS
-    await connection.execute(
+    await connection.executemany(
         _QUERIES["add_event"],
-        lane,
-        event.user_id,
-        event.id,
-        event.channel,
-        event.type,
-        event.version,
-        event.value,
+        [
+            (
+                event.user_id % BUCKETS,
+                event.user_id,
+                event.id,
+                event.channel,
+                event.type,
+                event.version,
+                event.key,
+                event.value,
+            )
+            for event in events
+        ],
     )
 
 
@@ -92,6 +97,7 @@ def _row(record: asyncpg.Record) -> OutboxRow:
             type=record["type"],
             version=record["version"],
             user_id=record["user_id"],
+            key=record["message_key"],
             value=record["value"],
         ),
     )

@@ -5,7 +5,10 @@ from datetime import datetime, timedelta
 
 import msgspec
 
+from authd.config import BUCKETS
+from authd.events import EventFactory, revocation_record
 from authd.postgres.database import Connection, Database
+from authd.postgres.outbox import add_events
 from authd.postgres.queries import load_queries
 
 _QUERIES = load_queries("revocations.sql")
@@ -33,26 +36,86 @@ class Revocation(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: datetime
 
 
-class Revocations:
-    def __init__(self, database: Database) -> None:
-        self._database = database
+class RevocationWriter:
+    """Adds rows to the log, and what is to be told of them, in a transaction of the caller's, who has locked the user's
+    row. `keep`: the longest life of a session.
+    """
 
-    async def add_sessions(
-        self, bucket: int, user_id: int, session_ids: Sequence[bytes], reason: str, keep: timedelta
+    def __init__(self, events: EventFactory, keep: timedelta) -> None:
+        self._events = events
+        self._keep = keep
+
+    async def end_session(self, connection: Connection, user_id: int, session_id: bytes, reason: str) -> Revoked:
+        await add_events(connection, self._events.revoked(user_id, session_id, None, reason))
+        return await self._add(connection, user_id, session_id, None, reason)
+
+    async def end_all(self, connection: Connection, user_id: int, epoch: int, reason: str) -> Revoked:
+        await add_events(connection, self._events.sessions_ended(user_id, epoch, reason))
+        await add_events(connection, self._events.revoked(user_id, None, epoch, reason))
+        return await self._add(connection, user_id, None, epoch, reason)
+
+    async def _add(
+        self, connection: Connection, user_id: int, session_id: bytes | None, epoch: int | None, reason: str
     ) -> Revoked:
+        bucket = user_id % BUCKETS
+        row = await connection.fetchrow(
+            _QUERIES["add_revocation"],
+            bucket,
+            user_id,
+            session_id,
+            epoch,
+            reason,
+            self._keep,
+            self._events.access_ttl,
+        )
+        if row is None:
+            raise RuntimeError(f"revocation_heads has no bucket {bucket}")
+        return Revoked(bucket, row["number"])
+
+
+class Revocations:
+    def __init__(self, database: Database, writer: RevocationWriter, events: EventFactory) -> None:
+        self._database = database
+        self._writer = writer
+        self._events = events
+
+    async def end_sessions(self, user_id: int, session_ids: Sequence[bytes], reason: str) -> Revoked:
         """Log the ending of at least one session of a user in one transaction; the last row's place."""
         async with self._database.transaction() as connection:
+            await connection.execute(_QUERIES["lock_user"], user_id)
             for session_id in session_ids:
-                row = await add_revocation(
-                    connection,
-                    bucket=bucket,
-                    user_id=user_id,
-                    session_id=session_id,
-                    epoch=None,
-                    reason=reason,
-                    keep=keep,
-                )
+                await add_events(connection, self._events.session_ended(user_id, session_id, reason))
+                row = await self._writer.end_session(connection, user_id, session_id, reason)
         return row
+
+    async def record_sessions(self, user_id: int, session_ids: Sequence[bytes], reason: str) -> Revoked | None:
+        """Log endings that Redis decided, where the log has them not yet: their events come from Redis. None where it
+        has them all.
+        """
+        row = None
+        async with self._database.transaction() as connection:
+            await connection.execute(_QUERIES["lock_user"], user_id)
+            for session_id in session_ids:
+                if await connection.fetchrow(_QUERIES["find_session_revocation"], session_id) is None:
+                    row = await self._writer.end_session(connection, user_id, session_id, reason)
+        return row
+
+    async def announce_over(self) -> int:
+        """Promise the tombstones of announced rows that concern no access token any more: one user's a call, and how
+        many rows that were.
+        """
+        async with self._database.transaction() as connection:
+            user = await connection.fetchrow(_QUERIES["lock_user_announced_over"])
+            if user is None:
+                return 0
+            rows = await connection.fetch(_QUERIES["take_announced_over"], user["id"])
+            has_newer = await connection.fetchval(_QUERIES["has_announced_epoch"], user["id"])
+            keys = {row["session_id"] for row in rows}
+            if has_newer:
+                # The record of the newer ending has the same key: the tombstone would take it away.
+                keys.discard(None)
+            await add_events(connection, [revocation_record(user["id"], key, None) for key in keys])
+        return len(rows)
 
     async def heads(self) -> dict[int, int]:
         """The last number of each bucket that has one."""
@@ -71,20 +134,3 @@ class Revocations:
         async with self._database.transaction() as connection:
             status = await connection.execute(_QUERIES["delete_expired_revocations"], DELETE_ROWS)
         return int(status.rpartition(" ")[2])
-
-
-async def add_revocation(
-    connection: Connection,
-    *,
-    bucket: int,
-    user_id: int,
-    session_id: bytes | None,
-    epoch: int | None,
-    reason: str,
-    keep: timedelta,
-) -> Revoked:
-    """Log an ending in the caller's transaction, which locks the user's row before, if it locks it at all."""
-    row = await connection.fetchrow(_QUERIES["add_revocation"], bucket, user_id, session_id, epoch, reason, keep)
-    if row is None:
-        raise RuntimeError(f"revocation_heads has no bucket {bucket}")
-    return Revoked(bucket, row["number"])

@@ -70,6 +70,19 @@ class RedisClient:
                     return reply
         raise Unavailable("session_store")
 
+    async def command(self, name: str, key: str, *arguments: Any) -> Any:
+        """Run one command on one key."""
+        with _meaning_of_errors(), anyio.fail_after(self._timeout_s):
+            return await self._client.execute_command(name, key, *arguments)
+
+    async def commands(self, name: str, keys: Sequence[str]) -> list[Any]:
+        """Run one command on each key, in one pipeline for each node."""
+        with _meaning_of_errors(), anyio.fail_after(self._timeout_s):
+            pipeline = self._client.pipeline(transaction=False)
+            for key in keys:
+                pipeline.execute_command(name, key)
+            return list(await pipeline.execute())
+
     async def ping(self) -> None:
         with _meaning_of_errors(), anyio.fail_after(self._timeout_s):
             await self._client.ping()

@@ -1,13 +1,14 @@
 -- name: add_event
-INSERT INTO outbox (lane, user_id, event_id, channel, type, version, value) VALUES ($1, $2, $3, $4, $5, $6, $7);
+INSERT INTO outbox (lane, user_id, event_id, channel, type, version, message_key, value)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8);
 
 -- name: lock_lane
 -- No row: another replica is sending this lane.
 SELECT lane FROM outbox_lanes WHERE lane = $1 FOR UPDATE SKIP LOCKED;
 
 -- name: list_lane
-SELECT id, user_id, event_id, channel, type, version, value FROM outbox
-WHERE lane = $1 AND user_id <> ALL ($3::bigint[])
+SELECT id, user_id, event_id, channel, type, version, message_key, value FROM outbox
+WHERE lane = $1 AND parked_at IS NULL AND user_id <> ALL ($3::bigint[])
 ORDER BY id LIMIT $2;
 
 -- name: delete_events

@@ -4,8 +4,8 @@
 WITH head AS (
     UPDATE revocation_heads SET last_number = last_number + 1 WHERE bucket = $1 RETURNING last_number
 )
-INSERT INTO revocations (bucket, number, user_id, session_id, epoch, reason, expires_at)
-SELECT $1, last_number, $2, $3, $4, $5, now() + $6 FROM head
+INSERT INTO revocations (bucket, number, user_id, session_id, epoch, reason, expires_at, announced_until)
+SELECT $1, last_number, $2, $3, $4, $5, now() + $6::interval, now() + $7::interval FROM head
 RETURNING number;
 
 -- name: list_heads
@@ -25,3 +25,26 @@ ORDER BY r.number;
 DELETE FROM revocations WHERE ctid = ANY (ARRAY(
     SELECT ctid FROM revocations WHERE expires_at < now() ORDER BY expires_at LIMIT $1
 ));
+
+-- name: lock_user
+-- Also orders the transactions that promise events of one user.
+SELECT FROM users WHERE id = $1 FOR NO KEY UPDATE;
+
+-- name: find_session_revocation
+SELECT reason FROM revocations WHERE session_id = $1 LIMIT 1;
+
+-- name: lock_user_announced_over
+SELECT id FROM users
+WHERE id = (
+    SELECT user_id FROM revocations JOIN users ON users.id = user_id
+    WHERE announced_until < now() - interval '1 minute' ORDER BY announced_until LIMIT 1
+)
+FOR NO KEY UPDATE;
+
+-- name: take_announced_over
+UPDATE revocations SET announced_until = NULL
+WHERE user_id = $1 AND announced_until < now() - interval '1 minute'
+RETURNING session_id;
+
+-- name: has_announced_epoch
+SELECT EXISTS (SELECT FROM revocations WHERE user_id = $1 AND epoch IS NOT NULL AND announced_until IS NOT NULL);

@@ -1,11 +1,14 @@
 -- Turns a reservation into a failure. Without the reservation (run again, or it expired) it changes nothing.
 --
 -- KEYS  1 hash, a throttle counter (expires when nothing in it counts any more)
+--       2 stream, the bucket's events (no expiry; the relay empties it)
 -- ARGV  1 deadline, ms of Redis's time    2 reservation id    3 limit, failures
 --       4 how long failures count after the last one, and how long the lock holds after the limit's, ms
+--       5 what is counted    6 user id, 0: no user's    7 address: for the event
 --
 -- Returns {counted, now} | {locked, now}: this failure set the lock | {unknown, now}: no such reservation | {late, now}
 -- include: throttle_format
+-- include: event_add
 
 local now = now_ms()
 if now > tonumber(ARGV[1]) then return { 'late', now } end
@@ -19,5 +22,8 @@ local was_locked = counter.failures >= limit
 local counts_until = was_locked and counter.counts_until or now + tonumber(ARGV[4])
 store_failures(KEYS[1], counter.failures + 1, counts_until)
 tidy(KEYS[1], now)
-if not was_locked and counter.failures + 1 >= limit then return { 'locked', now } end
+if not was_locked and counter.failures + 1 >= limit then
+    add_event(KEYS[2], 0, 'login.locked', 'k', ARGV[5], 'u', ARGV[6], 'a', ARGV[7])
+    return { 'locked', now }
+end
 return { 'counted', now }
