@@ -21,6 +21,7 @@ from authd.errors import (
     InvalidCredentials,
     RefreshRefusalCode,
     RefreshRefused,
+    Refusal,
     SessionLimit,
     Unavailable,
     UnknownSession,
@@ -114,6 +115,7 @@ class Sessions:
 
         :raises RefreshRefused:
         :raises UserDisabled: also when the user is gone.
+        :raises SessionLimit: only with the policy `refuse`, for a session that Redis lost: others took its place.
         :raises Unavailable:
         """
         try:
@@ -262,7 +264,9 @@ class Sessions:
             await self._record(user.id, answer.evicted, "evicted")
         return answer
 
-    async def _refusal(self, token: RefreshToken, denied: Denied) -> RefreshRefused | UserDisabled:
+    async def _refusal(self, token: RefreshToken, denied: Denied) -> Refusal:
+        if denied.status == "refused":
+            return SessionLimit()
         if denied.status in ("reused", "evicted"):
             await self._record(token.user_id, [token.session_id], denied.status)
         if denied.status in ("ended", "stale"):

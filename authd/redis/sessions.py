@@ -156,6 +156,7 @@ class SessionStore:
             self._ttl_ms,
             self._session_ttl_ms,
             _pack_client(client),
+            token.expires_ms,
         )
         status = _count(reply)
         if status in ("rotated", "repeated"):
