@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import anyio
-import asyncpg
 import hypercorn.asyncio
 import structlog
 from anyio.abc import TaskStatus
@@ -37,7 +36,7 @@ from authd.keys import KeyKeeper, SealedByAnotherSecret
 from authd.login import PasswordCheck
 from authd.observe.logs import flush_logs
 from authd.postgres.database import Database, open_database
-from authd.postgres.migrate import SchemaTooNew, migrate
+from authd.postgres.migrate import MIGRATION_ERRORS, NOT_READY, migrate
 from authd.redis.client import RedisClient, open_redis
 from authd.relay import EventRelay
 from authd.revocations import RevocationFeed
@@ -52,7 +51,7 @@ LAST_RESORT_S = 10.0
 START_RETRY_MAX_S = 2.0
 
 #: What ends a start with a sentence and not with a traceback.
-START_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, SchemaTooNew, SealedByAnotherSecret)
+START_ERRORS = (*MIGRATION_ERRORS, SealedByAnotherSecret)
 
 _log = structlog.get_logger()
 
@@ -215,7 +214,7 @@ async def _wait_for_postgres(settings: Settings) -> None:
             for name in await migrate(settings):
                 _log.info("migrated", migration=name)
             return
-        except (OSError, TimeoutError, asyncpg.CannotConnectNowError, asyncpg.InvalidCatalogNameError) as error:
+        except NOT_READY as error:
             if anyio.current_time() + delay_s > deadline:
                 raise Unavailable("user_store") from error
             _log.warning("postgres_away", cause=repr(error), retry_in_s=delay_s)

@@ -19,6 +19,7 @@ from authd.errors import (
     InvalidCredentials,
     RefreshRefusalCode,
     RefreshRefused,
+    Refusal,
     SessionLimit,
     Unavailable,
     UnknownSession,
@@ -114,6 +115,7 @@ class Sessions:
 
         :raises RefreshRefused:
         :raises UserDisabled: also when the user is gone.
+        :raises SessionLimit: only with the policy `refuse`, for a session that Redis lost: others took its place.
         :raises Unavailable:
         """
         try:
@@ -264,7 +266,9 @@ class Sessions:
             await self._record(user.id, answer.evicted, "evicted")
         return answer
 
-    async def _refusal(self, token: RefreshToken, denied: Denied) -> RefreshRefused | UserDisabled:
+    async def _refusal(self, token: RefreshToken, denied: Denied) -> Refusal:
+        if denied.status == "refused":
+            return SessionLimit()
         if denied.status in ("reused", "evicted"):
             self._on_event(bucket_of_user(token.user_id))
             await self._record(token.user_id, [token.session_id], denied.status)

@@ -17,9 +17,15 @@ class RegisterRequest(msgspec.Struct):
     password: str
     full_name: str | None = None
 
+    def __repr__(self) -> str:
+        return "RegisterRequest(***)"
+
 
 class RefreshRequest(msgspec.Struct):
     refresh_token: str
+
+    def __repr__(self) -> str:
+        return "RefreshRequest(***)"
 
 
 class LogoutRequest(msgspec.Struct):

@@ -27,6 +27,8 @@ from authd.errors import Unavailable
 CLOSE_TIMEOUT_S = 2.0
 #: A lost connection is tried once more (redis-py's default is ten times); the deadline stands outside of both.
 RETRIES = 1
+#: Connections for what redis-py asks on its own, such as the slots of a cluster.
+SPARE_CONNECTIONS = 8
 
 _INCLUDE = re.compile(r"^-- include: (\w+)$", re.MULTILINE)
 
@@ -37,6 +39,8 @@ class RedisClient:
     def __init__(self, client: Redis | RedisCluster, settings: Settings) -> None:
         self._client = client
         self._timeout_s = settings.redis_timeout_s
+        # The pools of a cluster and of Sentinel do not wait for a free connection, they raise.
+        self._turns = anyio.Semaphore(settings.redis_pool_per_worker, fast_acquire=True)
         self._prefix = f"authd:{settings.deployment}:"
         # What Redis's clock reads at monotonic zero, in ms, as last heard from each bucket's node. The reply has
         # travelled since, so it is never ahead, and a deadline made from it is never late.
@@ -52,7 +56,7 @@ class RedisClient:
 
     async def read(self, script: AsyncScript, keys: Sequence[str], *arguments: Any) -> Any:
         """Run a script that may also run late or twice, since that does no harm."""
-        with _meaning_of_errors(), anyio.fail_after(self._timeout_s):
+        async with self._turn():
             return await script(keys, arguments)
 
     async def decide(self, script: AsyncScript, bucket: int, keys: Sequence[str], *arguments: Any) -> list[Any]:
@@ -60,7 +64,7 @@ class RedisClient:
         and Redis's time. The caller never sees the status `late`.
         """
         deadline_ms = int((time.monotonic() + self._timeout_s) * 1000)
-        with _meaning_of_errors(), anyio.fail_after(self._timeout_s):
+        async with self._turn():
             # The first call on a bucket, and the first after its clock jumped ahead, comes late and learns the clock.
             for _ in range(2):
                 clock_ms = self._clock_ms.get(bucket, -deadline_ms)
@@ -84,8 +88,14 @@ class RedisClient:
             return list(await pipeline.execute())
 
     async def ping(self) -> None:
-        with _meaning_of_errors(), anyio.fail_after(self._timeout_s):
+        async with self._turn():
             await self._client.ping()
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncGenerator[None, None]:
+        with _meaning_of_errors(), anyio.fail_after(self._timeout_s):
+            async with self._turns:
+                yield
 
 
 def load_script(name: str) -> str:
@@ -124,7 +134,7 @@ def _make_client(settings: Settings) -> Redis | RedisCluster:
         "socket_timeout": settings.redis_timeout_s,
         "socket_connect_timeout": settings.redis_timeout_s,
         "retry": Retry(NoBackoff(), RETRIES),
-        "max_connections": settings.redis_pool_per_worker,
+        "max_connections": settings.redis_pool_per_worker + SPARE_CONNECTIONS,
     }
     if url.scheme.endswith("+sentinel"):
         # The address of the master is asked for at each new connection: a failover needs no restart.
@@ -137,7 +147,8 @@ def _make_client(settings: Settings) -> Redis | RedisCluster:
     if len(nodes) > 1:
         seeds = [ClusterNode(*_host_and_port(node, 6379)) for node in nodes]
         first = urlunsplit((url.scheme, prefix + nodes[0], url.path, url.query, ""))
-        return RedisCluster.from_url(first, startup_nodes=seeds, **limits)
+        # A slot that moved is learned alone. By default, every fifth closes all connections, in use or not.
+        return RedisCluster.from_url(first, startup_nodes=seeds, reinitialize_steps=0, **limits)
     pool = BlockingConnectionPool.from_url(settings.redis_url.reveal(), timeout=settings.redis_timeout_s, **limits)
     return Redis.from_pool(pool)
 
@@ -151,5 +162,6 @@ def _host_and_port(node: str, default_port: int) -> tuple[str, int]:
 def _meaning_of_errors() -> Generator[None, None, None]:
     try:
         yield
-    except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
+    # While a cluster is down, redis-py closes connections under the tasks that use them, which break in any way.
+    except (RedisError, RedisClusterException, OSError, TimeoutError, RuntimeError, AttributeError) as error:
         raise Unavailable("session_store") from error

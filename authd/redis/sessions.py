@@ -159,6 +159,7 @@ class SessionStore:
             self._ttl_ms,
             self._session_ttl_ms,
             _pack_client(client),
+            token.expires_ms,
             token.user_id,
         )
         status = _count(reply)
