@@ -6,8 +6,8 @@ frozen Redis runs abandoned commands when it wakes, and no state may change that
 
 import re
 import time
-from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -21,6 +21,7 @@ from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
 from redis.exceptions import RedisClusterException, RedisError
 
+from authd.breaker import Breaker
 from authd.config import BUCKETS, ConfigError, Settings
 from authd.errors import Unavailable
 
@@ -29,6 +30,10 @@ CLOSE_TIMEOUT_S = 2.0
 RETRIES = 1
 #: Connections for what redis-py asks on its own, such as the slots of a cluster.
 SPARE_CONNECTIONS = 8
+
+#: Errors that say "not now". While a cluster is down, redis-py closes connections under the tasks that use them, which
+#: break in any way.
+_AWAY = (RedisError, RedisClusterException, OSError, TimeoutError, RuntimeError, AttributeError)
 
 _INCLUDE = re.compile(r"^-- include: (\w+)$", re.MULTILINE)
 
@@ -41,6 +46,7 @@ class RedisClient:
         self._timeout_s = settings.redis_timeout_s
         # The pools of a cluster and of Sentinel do not wait for a free connection, they raise.
         self._turns = anyio.Semaphore(settings.redis_pool_per_worker, fast_acquire=True)
+        self._breakers: dict[str, Breaker] = {}
         self._prefix = f"authd:{settings.deployment}:"
         # What Redis's clock reads at monotonic zero, in ms, as last heard from each bucket's node. The reply has
         # travelled since, so it is never ahead, and a deadline made from it is never late.
@@ -56,7 +62,7 @@ class RedisClient:
 
     async def read(self, script: AsyncScript, keys: Sequence[str], *arguments: Any) -> Any:
         """Run a script that may also run late or twice, since that does no harm."""
-        async with self._turn():
+        async with self._turn(keys[0]):
             return await script(keys, arguments)
 
     async def decide(self, script: AsyncScript, bucket: int, keys: Sequence[str], *arguments: Any) -> list[Any]:
@@ -64,7 +70,7 @@ class RedisClient:
         and Redis's time. The caller never sees the status `late`.
         """
         deadline_ms = int((time.monotonic() + self._timeout_s) * 1000)
-        async with self._turn():
+        async with self._turn(keys[0]):
             # The first call on a bucket, and the first after its clock jumped ahead, comes late and learns the clock.
             for _ in range(2):
                 clock_ms = self._clock_ms.get(bucket, -deadline_ms)
@@ -76,26 +82,36 @@ class RedisClient:
 
     async def command(self, name: str, key: str, *arguments: Any) -> Any:
         """Run one command on one key."""
-        with _meaning_of_errors(), anyio.fail_after(self._timeout_s):
+        async with self._turn(key):
             return await self._client.execute_command(name, key, *arguments)
 
     async def commands(self, name: str, keys: Sequence[str]) -> list[Any]:
         """Run one command on each key, in one pipeline for each node."""
-        with _meaning_of_errors(), anyio.fail_after(self._timeout_s):
+        async with self._turn(keys[0]):
             pipeline = self._client.pipeline(transaction=False)
             for key in keys:
                 pipeline.execute_command(name, key)
             return list(await pipeline.execute())
 
     async def ping(self) -> None:
-        async with self._turn():
+        async with self._turn(self.key(0, "")):
             await self._client.ping()
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncGenerator[None, None]:
-        with _meaning_of_errors(), anyio.fail_after(self._timeout_s):
-            async with self._turns:
-                yield
+    async def _turn(self, key: str) -> AsyncGenerator[None, None]:
+        try:
+            with self._breaker(key).call(_AWAY), anyio.fail_after(self._timeout_s):
+                async with self._turns:
+                    yield
+        except _AWAY as error:
+            raise Unavailable("session_store") from error
+
+    def _breaker(self, key: str) -> Breaker:
+        # In a cluster a bucket stands for the node that holds it: one that is away must not cost the others' users.
+        part = key.partition("}")[0] if isinstance(self._client, RedisCluster) else ""
+        if part not in self._breakers:
+            self._breakers[part] = Breaker(lambda: Unavailable("session_store"))
+        return self._breakers[part]
 
 
 def load_script(name: str) -> str:
@@ -156,12 +172,3 @@ def _make_client(settings: Settings) -> Redis | RedisCluster:
 def _host_and_port(node: str, default_port: int) -> tuple[str, int]:
     parts = urlsplit(f"//{node}")
     return parts.hostname or "127.0.0.1", parts.port or default_port
-
-
-@contextmanager
-def _meaning_of_errors() -> Generator[None, None, None]:
-    try:
-        yield
-    # While a cluster is down, redis-py closes connections under the tasks that use them, which break in any way.
-    except (RedisError, RedisClusterException, OSError, TimeoutError, RuntimeError, AttributeError) as error:
-        raise Unavailable("session_store") from error
