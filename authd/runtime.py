@@ -165,7 +165,9 @@ async def _serving(app: App, listener: socket.socket, settings: Settings, health
         try:
             yield
         finally:
-            health.is_draining = True
+            health.is_draining = app.is_draining = True
+            # The balancer sees /readyz and sends nobody else; who comes meanwhile is answered, and told to leave.
+            await anyio.sleep(settings.unready_s)
             trigger.set()
         with anyio.move_on_after(settings.drain_s):
             await served.wait()
@@ -194,7 +196,7 @@ async def _watch_signals(signals: AsyncIterator[signal.Signals], stop: anyio.Eve
         stop.set()
         # A client that does not read its answer can hold Hypercorn beyond every deadline it has.
         last_resort = threading.Timer(
-            settings.drain_s + FLUSH_S + settings.kafka_timeout_s + LAST_RESORT_S, _exit, (1,)
+            settings.unready_s + settings.drain_s + FLUSH_S + settings.kafka_timeout_s + LAST_RESORT_S, _exit, (1,)
         )
         last_resort.daemon = True
         last_resort.start()

@@ -44,8 +44,8 @@ from authd.tokens import (
     encode_base64url,
 )
 
-#: Times a script is asked again after the log was applied, the user read again, or the session found after all.
-ROUNDS_MAX = 4
+#: Times a script is asked again: after the log was applied or read, the user read again, or the session found after all.
+ROUNDS_MAX = 8
 #: How long an answer waits for Postgres to hold what Redis has decided already; the tombstone in Redis holds anyway.
 RECORD_WAIT_S = 2.0
 
@@ -290,10 +290,16 @@ class Sessions:
     async def _ask(self, bucket: int, ask: Callable[[int], Awaitable[Answer]]) -> Answer:
         """Ask a script with the highest revocation number that this replica knows."""
         for _ in range(ROUNDS_MAX):
+            generation = await self._feed.current()
             try:
-                return await ask(self._feed.head(bucket))
+                answer = await ask(self._feed.head(bucket))
             except Behind as behind:
                 await self._feed.catch_up(bucket, behind.applied)
+                continue
+            if generation == self._store.generation:
+                return answer
+            # Another server has answered, which may lack rows that are not known here: read them and ask again. A
+            # script that runs twice changes nothing the second time.
         raise Unavailable("session_store")
 
     def _pair(self, user_id: int, session: LiveSession) -> TokenPair:
