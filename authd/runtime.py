@@ -164,10 +164,10 @@ async def _serving(app: App, listener: socket.socket, settings: Settings, health
         await group.start(serve)
         try:
             yield
-        finally:
             health.is_draining = app.is_draining = True
             # The balancer sees /readyz and sends nobody else; who comes meanwhile is answered, and told to leave.
             await anyio.sleep(settings.unready_s)
+        finally:
             trigger.set()
         with anyio.move_on_after(settings.drain_s):
             await served.wait()

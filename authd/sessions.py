@@ -44,7 +44,7 @@ from authd.tokens import (
     encode_base64url,
 )
 
-#: Times a script is asked again: after the log was applied or read, the user read again, or the session found after all.
+#: Times a script is asked again: after the log was applied or read, the user read again, or the session found.
 ROUNDS_MAX = 8
 #: How long an answer waits for Postgres to hold what Redis has decided already; the tombstone in Redis holds anyway.
 RECORD_WAIT_S = 2.0

@@ -68,7 +68,7 @@ class App(Quart):
                 response = deadline_response()
             response.headers["X-Request-ID"] = request_id
             response.headers.update(SECURITY_HEADERS)
-            if self.is_draining:
+            if self.is_draining and request.http_version.startswith("1"):
                 response.headers["Connection"] = "close"
             return response
         finally:
