@@ -65,6 +65,7 @@ class App(Quart):
                 finally:
                     self.inflight.discard(scope)
             if response is None:
+                metrics.unavailable.labels("deadline").inc()
                 response = deadline_response()
             response.headers["X-Request-ID"] = request_id
             response.headers.update(SECURITY_HEADERS)
