@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from authd.accounts import Profile, profile_of
+from authd.announcements import iso
 from authd.errors import (
     InvalidAccessToken,
     InvalidCredentials,
@@ -25,7 +26,6 @@ from authd.errors import (
     UnknownSession,
     UserDisabled,
 )
-from authd.events import iso
 from authd.login import PasswordCheck
 from authd.postgres.revocations import Revocations
 from authd.postgres.users import User, Users
