@@ -67,6 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     workers: Annotated[int, Meta(ge=1, le=64)] = 1
     trusted_proxies: tuple[Network, ...] = ()
     request_timeout_s: Timeout = 15.0
+    unready_s: Annotated[float, Meta(ge=0, le=300)] = 0.0
     drain_s: Timeout = 20.0
     start_timeout_s: Timeout = 60.0
     body_max_bytes: Annotated[int, Meta(ge=4096, le=1_048_576)] = 16_384

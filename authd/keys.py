@@ -130,7 +130,7 @@ class KeyKeeper:
             active_at = key.active_at.timestamp()
             if key.purpose == MAC:
                 mac.append(MacKey(key.id, plain, active_at))
-            else:
+            elif self._settings.jwt_algorithm != "HS256":  # then nothing is public, nor taken for ours
                 algorithm = _algorithm(key.purpose)
                 signing.append(load_signing_key(plain, kid=key.kid, algorithm=algorithm, active_at=active_at))
         if self._settings.jwt_algorithm == "HS256":

@@ -10,9 +10,10 @@ import anyio
 import structlog
 from anyio.abc import TaskStatus
 
+from authd.announcements import EventFactory, iso
 from authd.config import BUCKETS
 from authd.errors import Unavailable
-from authd.events import Event, EventFactory, LoginLocked, SessionChanged, iso
+from authd.events import Event, LoginLocked, SessionChanged
 from authd.observe import metrics
 from authd.postgres.relay import RelayedBucket, RelayStore
 from authd.postgres.revocations import Revoked

@@ -70,10 +70,27 @@ class RevocationFeed:
         self._revocations = log
         self._store = store
         self._heads: dict[int, int] = {}
+        # The servers of Redis for which the heads are known.
+        self._generation = -1
+        self._learning = anyio.Lock()
         self._applied: dict[int, int] = {}
         self._catching: dict[int, _CatchUp] = {}
         self._catch_ups = anyio.create_memory_object_stream[_CatchUp](BUCKETS)  # at most one for each bucket
         self._endings = anyio.create_memory_object_stream[_Ending](ENDINGS_MAX)
+
+    async def current(self) -> int:
+        """The present generation of Redis's servers, when the heads have been read since it began. A server that took
+        over from another may have less than that one had applied, and this replica may not have heard of it yet.
+
+        :raises Unavailable: when they cannot be read now.
+        """
+        while self._generation != self._store.generation:
+            async with self._learning:
+                generation = self._store.generation
+                if self._generation != generation:
+                    self._learn_all(await self._revocations.heads())
+                    self._generation = generation
+        return self._generation
 
     def head(self, bucket: int) -> int:
         """The highest number this replica knows of the bucket."""

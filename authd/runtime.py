@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import anyio
-import asyncpg
 import structlog
 
 from authd.accounts import Accounts
@@ -35,7 +34,7 @@ from authd.keys import KeyKeeper, SealedByAnotherSecret
 from authd.login import PasswordCheck
 from authd.observe.logs import flush_logs
 from authd.postgres.database import Database, open_database
-from authd.postgres.migrate import SchemaTooNew, migrate
+from authd.postgres.migrate import MIGRATION_ERRORS, NOT_READY, migrate
 from authd.redis.client import RedisClient, open_redis
 from authd.relay import EventRelay
 from authd.revocations import RevocationFeed
@@ -48,7 +47,7 @@ LAST_RESORT_S = 10.0
 START_RETRY_MAX_S = 2.0
 
 #: What ends a start with a sentence and not with a traceback.
-START_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, SchemaTooNew, SealedByAnotherSecret)
+START_ERRORS = (*MIGRATION_ERRORS, SealedByAnotherSecret)
 
 _log = structlog.get_logger()
 
@@ -145,10 +144,10 @@ async def running(
 @asynccontextmanager
 async def _serving(app: App, listener: socket.socket, settings: Settings, health: Health) -> AsyncGenerator[None, None]:
     async with HttpServer(app, settings).serving(listener):
-        try:
-            yield
-        finally:
-            health.is_draining = True
+        yield
+        health.is_draining = app.is_draining = True
+        # The balancer sees /readyz and sends nobody else; who comes meanwhile is answered, and told to leave.
+        await anyio.sleep(settings.unready_s)
 
 
 async def _watch_signals(signals: AsyncIterator[signal.Signals], stop: anyio.Event, settings: Settings) -> None:
@@ -160,7 +159,7 @@ async def _watch_signals(signals: AsyncIterator[signal.Signals], stop: anyio.Eve
         stop.set()
         # Behind every deadline of the shutdown, in case that one of them does not hold.
         last_resort = threading.Timer(
-            settings.drain_s + FLUSH_S + settings.kafka_timeout_s + LAST_RESORT_S, _exit, (1,)
+            settings.unready_s + settings.drain_s + FLUSH_S + settings.kafka_timeout_s + LAST_RESORT_S, _exit, (1,)
         )
         last_resort.daemon = True
         last_resort.start()
@@ -180,7 +179,7 @@ async def _wait_for_postgres(settings: Settings) -> None:
             for name in await migrate(settings):
                 _log.info("migrated", migration=name)
             return
-        except (OSError, TimeoutError, asyncpg.CannotConnectNowError, asyncpg.InvalidCatalogNameError) as error:
+        except NOT_READY as error:
             if anyio.current_time() + delay_s > deadline:
                 raise Unavailable("user_store") from error
             _log.warning("postgres_away", cause=repr(error), retry_in_s=delay_s)

@@ -14,17 +14,18 @@ import msgspec
 import structlog
 
 from authd.accounts import Profile, profile_of
+from authd.announcements import iso
 from authd.errors import (
     InvalidAccessToken,
     InvalidCredentials,
     RefreshRefusalCode,
     RefreshRefused,
+    Refusal,
     SessionLimit,
     Unavailable,
     UnknownSession,
     UserDisabled,
 )
-from authd.events import iso
 from authd.login import PasswordCheck
 from authd.postgres.revocations import Revocations
 from authd.postgres.users import User, Users
@@ -43,8 +44,8 @@ from authd.tokens import (
     encode_base64url,
 )
 
-#: Times a script is asked again after the log was applied, the user read again, or the session found after all.
-ROUNDS_MAX = 4
+#: Times a script is asked again: after the log was applied or read, the user read again, or the session found.
+ROUNDS_MAX = 8
 #: How long an answer waits for Postgres to hold what Redis has decided already; the tombstone in Redis holds anyway.
 RECORD_WAIT_S = 2.0
 
@@ -114,6 +115,7 @@ class Sessions:
 
         :raises RefreshRefused:
         :raises UserDisabled: also when the user is gone.
+        :raises SessionLimit: only with the policy `refuse`, for a session that Redis lost: others took its place.
         :raises Unavailable:
         """
         try:
@@ -264,7 +266,9 @@ class Sessions:
             await self._record(user.id, answer.evicted, "evicted")
         return answer
 
-    async def _refusal(self, token: RefreshToken, denied: Denied) -> RefreshRefused | UserDisabled:
+    async def _refusal(self, token: RefreshToken, denied: Denied) -> Refusal:
+        if denied.status == "refused":
+            return SessionLimit()
         if denied.status in ("reused", "evicted"):
             self._on_event(bucket_of_user(token.user_id))
             await self._record(token.user_id, [token.session_id], denied.status)
@@ -286,10 +290,16 @@ class Sessions:
     async def _ask(self, bucket: int, ask: Callable[[int], Awaitable[Answer]]) -> Answer:
         """Ask a script with the highest revocation number that this replica knows."""
         for _ in range(ROUNDS_MAX):
+            generation = await self._feed.current()
             try:
-                return await ask(self._feed.head(bucket))
+                answer = await ask(self._feed.head(bucket))
             except Behind as behind:
                 await self._feed.catch_up(bucket, behind.applied)
+                continue
+            if generation == self._store.generation:
+                return answer
+            # Another server has answered, which may lack rows that are not known here: read them and ask again. A
+            # script that runs twice changes nothing the second time.
         raise Unavailable("session_store")
 
     def _pair(self, user_id: int, session: LiveSession) -> TokenPair:

@@ -2,8 +2,8 @@
 
 from datetime import timedelta
 
+from authd.announcements import EventFactory
 from authd.config import Settings
-from authd.events import EventFactory
 from authd.postgres.clients import Clients
 from authd.postgres.database import Database
 from authd.postgres.keys import Keys

@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 import structlog
@@ -39,19 +41,30 @@ def run_workers(settings: Settings, listener: socket.socket) -> int:
         # While the parent holds the socket, clients can connect to it when no child is left, and hang.
         listener.close()
 
-        def forward(number: int, _: FrameType | None) -> None:
-            for child in children:
-                child.send_signal(number)
+        left = {child.pid: child for child in children}
+        are_told = False
+
+        def forward(number: int, _: FrameType | None = None) -> None:
+            nonlocal are_told
+            are_told = True
+            for pid in list(left):
+                # Not by Popen.send_signal: it reaps a child that has just ended, for which _wait would wait in vain.
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+        def stop_others() -> None:
+            # Told twice, a worker would drop what it still has to answer.
+            if not are_told:
+                forward(signal.SIGTERM)
 
         signal.signal(signal.SIGTERM, forward)
         signal.signal(signal.SIGINT, forward)
         _unblock_signals()
-        return _wait(children)
+        return _wait(left, stop_others)
 
 
-def _wait(children: list[subprocess.Popen[bytes]]) -> int:
+def _wait(left: dict[int, subprocess.Popen[bytes]], stop_others: Callable[[], None]) -> int:
     status = 0
-    left = {child.pid: child for child in children}
     while left:
         pid, raw = os.waitpid(-1, 0)
         child = left.pop(pid, None)
@@ -61,8 +74,7 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> int:
         if child.returncode != 0 and status == 0:
             status = abs(child.returncode)
             _log.error("worker_ended", pid=pid, status=child.returncode)
-        for other in left.values():
-            other.send_signal(signal.SIGTERM)
+        stop_others()
     return status
 
 

@@ -14,6 +14,8 @@ wakes, ahead of a new producer, whose first record needs several answers before 
 
 import asyncio
 import ssl
+from collections.abc import Generator
+from contextlib import contextmanager
 from random import SystemRandom
 from typing import Any
 
@@ -23,7 +25,7 @@ import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka import errors as kafka_errors
 from aiokafka.conn import collect_hosts
-from anyio import TASK_STATUS_IGNORED
+from anyio import TASK_STATUS_IGNORED, CancelScope
 from anyio.abc import TaskStatus
 
 from authd.config import ConfigError, Settings
@@ -214,7 +216,7 @@ class _Connection:
         self._producer = AIOKafkaProducer(**options)
         self._is_ending = False
         self._requests: set[asyncio.Task[Any]] = set()
-        self._deliveries: set[asyncio.Future[Any]] = set()
+        self._waits: set[CancelScope] = set()
         self._send_request = self._producer._sender._send_produce_req
         self._producer._sender._send_produce_req = self._send_request_noted
 
@@ -222,27 +224,38 @@ class _Connection:
         await self._producer.start()
 
     async def hand_over(self, record: _Record, *, alone: bool) -> asyncio.Future[Any]:
-        """Return what waits for the acknowledgement. A call that raises, or is cancelled, has handed over nothing."""
+        """Return what waits for the acknowledgement. A call that raises, or is cancelled, has handed over nothing.
+
+        :raises ProducerClosed: when the connection ends meanwhile, as `acknowledged` does.
+        """
         producer = self._producer
         delivery: asyncio.Future[Any]
-        if not alone:
-            delivery = await producer.send(record.topic, key=record.key, value=record.value, headers=record.headers)
+        with self._wait():
+            if not alone:
+                delivery = await producer.send(record.topic, key=record.key, value=record.value, headers=record.headers)
+                return delivery
+            await producer.partitions_for(record.topic)
+            partition = producer._partition(record.topic, None, record.key, record.value, record.key, record.value)
+            batch = producer.create_batch()
+            batch.append(timestamp=None, key=record.key, value=record.value, headers=record.headers)
+            batch.close()
+            delivery = await producer.send_batch(batch, record.topic, partition=partition)
             return delivery
-        await producer.partitions_for(record.topic)
-        partition = producer._partition(record.topic, None, record.key, record.value, record.key, record.value)
-        batch = producer.create_batch()
-        batch.append(timestamp=None, key=record.key, value=record.value, headers=record.headers)
-        batch.close()
-        delivery = await producer.send_batch(batch, record.topic, partition=partition)
-        return delivery
 
     async def acknowledged(self, delivery: asyncio.Future[Any]) -> None:
-        """Return when the broker has answered. The connection's end fails it with ProducerClosed."""
-        self._deliveries.add(delivery)
-        try:
+        with self._wait():
             await delivery
-        finally:
-            self._deliveries.discard(delivery)
+
+    @contextmanager
+    def _wait(self) -> Generator[None, None, None]:
+        with CancelScope() as scope:
+            self._waits.add(scope)
+            try:
+                yield
+            finally:
+                self._waits.discard(scope)
+        if scope.cancelled_caught:
+            raise kafka_errors.ProducerClosed()
 
     async def end(self) -> None:
         """Return when nothing of this producer will be sent any more. Its unanswered records fail."""
@@ -268,10 +281,9 @@ class _Connection:
             # A task of the library that had failed long before: this is where its error comes out.
             _log.exception("kafka_producer_end_failed")
         finally:
-            for delivery in self._deliveries:
-                if not delivery.done():
-                    delivery.set_exception(kafka_errors.ProducerClosed())
             self.ended.set()
+            for wait in self._waits:
+                wait.cancel()
 
     async def _send_request_noted(self, node_id: Any, batches: Any) -> None:
         task = asyncio.current_task()

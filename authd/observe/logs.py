@@ -110,4 +110,11 @@ def _file_handler(settings: Settings, worker: int) -> logging.Handler:
 
 
 def _encode(fields: dict[str, Any], **_: Any) -> str:
-    return msgspec.json.encode(fields, enc_hook=repr).decode()
+    return msgspec.json.encode({name: _plain(value) for name, value in fields.items()}).decode()
+
+
+def _plain(value: Any) -> Any:
+    # Anything but plain data shows its repr, which hides secrets: msgspec would write out a struct's fields.
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value if isinstance(value, str | int | float | None) else repr(value)

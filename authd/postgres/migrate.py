@@ -16,6 +16,12 @@ class SchemaTooNew(Exception):
     """The database was migrated by a newer authd than this one."""
 
 
+#: Postgres is away, starting, or has no such database yet: worth another try.
+NOT_READY = (OSError, TimeoutError, asyncpg.CannotConnectNowError, asyncpg.InvalidCatalogNameError)
+#: What `migrate` raises.
+MIGRATION_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, SchemaTooNew)
+
+
 async def migrate(settings: Settings) -> list[str]:
     """Run the migrations that the database lacks and return their file names.
 

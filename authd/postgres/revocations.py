@@ -5,8 +5,8 @@ from datetime import datetime, timedelta
 
 import msgspec
 
+from authd.announcements import EventFactory, revocation_record
 from authd.config import BUCKETS
-from authd.events import EventFactory, revocation_record
 from authd.postgres.database import Connection, Database
 from authd.postgres.outbox import add_events
 from authd.postgres.queries import load_queries

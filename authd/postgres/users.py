@@ -5,7 +5,7 @@ from typing import Literal
 
 import msgspec
 
-from authd.events import EventFactory
+from authd.announcements import EventFactory
 from authd.postgres.database import Database
 from authd.postgres.outbox import add_events
 from authd.postgres.queries import load_queries

@@ -114,6 +114,11 @@ class SessionStore:
         self._skip = client.script("session_skip")
         self._bury = client.script("session_bury")
 
+    @property
+    def generation(self) -> int:
+        """Raised whenever a server may have lost what it had decided."""
+        return self._client.generation
+
     async def open(
         self, user_id: int, epoch: int, session_id: bytes, key_id: int, client: Client, revocation: int
     ) -> Opened | Denied:
@@ -159,6 +164,7 @@ class SessionStore:
             self._ttl_ms,
             self._session_ttl_ms,
             _pack_client(client),
+            token.expires_ms,
             token.user_id,
         )
         status = _count(reply)

@@ -7,7 +7,8 @@
 --       3 session id    4 epoch    5 counter    6 issued, ms: of the token presented
 --       7 MAC key id of the successor         8 grace, ms
 --       9 a refresh token's life, ms         10 a session's life, ms
---      11 the client's bytes                 12 user id
+--      11 the client's bytes                12 expires, ms: of the token presented
+--      13 user id
 --
 -- Returns {status, now} and more:
 --   rotated, value | repeated, value: the previous token within the grace; the successor is computed again from value
@@ -26,11 +27,13 @@ local values = redis.call('HMGET', KEYS[1], id, 'e')
 local s = unpack_value(values[1])
 local floor, floor_reason = unpack_floor(values[2])
 if epoch < floor then return { 'ended', now, floor_reason } end
-if not s then return { 'unknown', now } end
-if s.expires <= now then
+if s and s.expires <= now then
     redis.call('HDEL', KEYS[1], id)
-    return { s.state == LIVE and 'expired' or 'unknown', now }
+    if s.state == LIVE then return { 'expired', now } end
+    s = nil
 end
+-- A replica whose clock is behind takes the token for a living one, and would rebuild what has expired.
+if not s then return { tonumber(ARGV[12]) <= now and 'expired' or 'unknown', now } end
 if s.state ~= LIVE then return { 'ended', now, s.reason } end
 
 if counter < s.counter then
@@ -48,5 +51,5 @@ elseif counter == s.counter or s.issued <= tonumber(ARGV[6]) + grace then
     return { 'rotated', now, value }
 end
 redis.call('HSET', KEYS[1], id, pack_tombstone(UNLOGGED, s.expires, 'reused'))
-add_event(KEYS[3], 0, 'session.reuse_detected', 'u', ARGV[12], 's', id)
+add_event(KEYS[3], 0, 'session.reuse_detected', 'u', ARGV[13], 's', id)
 return { 'reused', now }
