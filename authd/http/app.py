@@ -9,13 +9,15 @@ import anyio
 import structlog
 from quart import Blueprint, Quart, Request, Response
 from quart.typing import ResponseTypes
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from authd.config import Settings
 from authd.errors import Refusal, Unavailable
 from authd.http.problems import ProblemResponse, deadline_response, problem_response, refusal_response
 from authd.observe import metrics
 
+#: How long the answer to a request whose body nobody read waits for the rest of it.
+BODY_REST_S = 0.5
 #: Every answer is data: nothing in it may be sniffed, framed or run.
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -66,11 +68,26 @@ class App(Quart):
             if response is None:
                 metrics.unavailable.labels("deadline").inc()
                 response = deadline_response()
+            if request.http_version.startswith("1") and not await _has_whole_body(request):
+                # Hypercorn ends the connection after this answer; a client that is not told would use it again.
+                response.headers["Connection"] = "close"
             response.headers["X-Request-ID"] = request_id
             response.headers.update(SECURITY_HEADERS)
             return response
         finally:
             _record(request, response, time.perf_counter() - started)
+
+
+async def _has_whole_body(request: Request) -> bool:
+    if not request.content_length and "Transfer-Encoding" not in request.headers:
+        return True
+    with anyio.move_on_after(BODY_REST_S):
+        try:
+            await request.body
+        except RequestEntityTooLarge:
+            return False
+        return True
+    return False
 
 
 def _record(request: Request, response: ResponseTypes | None, seconds: float) -> None:
