@@ -323,6 +323,17 @@ async def test_a_worker_that_dies_takes_the_others_along_and_the_exit_says_so(se
             await anyio.connect_tcp(*process.address)
 
 
+async def test_workers_end_with_a_parent_that_was_killed(services: Services) -> None:
+    async with services.running(AUTHD_WORKERS="2") as process:
+        await eventually(lambda: len(process.lines("ready")) == 2)
+        workers = process.children()
+        process.signal(signal.SIGKILL)
+        await process.wait(10)
+        await eventually(lambda: not any(worker.is_running() for worker in workers))
+        with pytest.raises(OSError, match="onnect"):
+            await anyio.connect_tcp(*process.address)
+
+
 # What operators look at
 
 
