@@ -16,7 +16,7 @@ from authd.config import ConfigError, Settings, load_settings
 from authd.errors import Unavailable
 from authd.http.server import LISTEN_BACKLOG
 from authd.observe.logs import start_logs
-from authd.workers import run_workers
+from authd.workers import run_workers, stop_with_parent
 
 #: 0: done; 1: a part failed or refused; 2: the settings or the arguments are unusable.
 OK, FAILED, UNUSABLE = 0, 1, 2
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="serve, with the settings of the environment and of .env")
     serve.add_argument("--fd", type=int, help=argparse.SUPPRESS)
     serve.add_argument("--worker", type=int, default=0, help=argparse.SUPPRESS)
+    serve.add_argument("--life", type=int, help=argparse.SUPPRESS)
     serve.set_defaults(command=_serve)
 
     dev = commands.add_parser("dev", help="serve with an own Postgres, Redis and Kafka, kept in a folder")
@@ -114,12 +115,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _serve(options: argparse.Namespace) -> int:
     settings = load_settings(os.environ)
-    start_logs(settings, options.worker)
     if options.fd is not None:
+        start_logs(settings, options.worker)
+        stop_with_parent(options.life)
         listener = socket.socket(fileno=options.fd)
     else:
+        is_parent = settings.workers > 1
+        # The first worker has the file: two processes cannot rotate one.
+        start_logs(settings, None if is_parent else 0)
         listener = listen(settings.bind)
-        if settings.workers > 1:
+        if is_parent:
             return run_workers(settings, listener)
     anyio.run(runtime.run, settings, listener, backend_options={"use_uvloop": True})
     return OK

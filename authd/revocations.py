@@ -19,6 +19,8 @@ from authd.redis.sessions import SessionStore
 #: Tasks that apply rows, and tasks that write endings: the latter wait for Postgres, the former for either.
 CATCH_UP_TASKS = 4
 ENDING_TASKS = 2
+#: Jobs that one request waits for.
+ROUNDS_MAX = 4
 #: Endings that Redis decided and Postgres has not heard of yet; more are refused (and counted) while it is away.
 ENDINGS_MAX = 10_000
 HEADS_INTERVAL_S = 1.0
@@ -114,13 +116,19 @@ class RevocationFeed:
         """
         self.learn(bucket, number)
         self._on_outbox(bucket)
-        while self._applied.get(bucket, -1) < number:
+        for _ in range(ROUNDS_MAX):
+            if self._applied.get(bucket, -1) >= number:
+                return
             # A job that is under way may have read the log before our row was in it: then there is another round.
             job = self._catching.get(bucket)
             if job is None:
                 job = self._catching[bucket] = _CatchUp(bucket)
                 self._catch_ups[0].send_nowait(job)
             await job.wait()
+        if self._applied.get(bucket, -1) < number:
+            # The log itself went back: a Postgres restored from an older backup.
+            _log.error("revocation_log_lacks_rows", bucket=bucket, number=number)
+            raise Unavailable("session_store")
 
     async def record(self, user_id: int, session_ids: Sequence[bytes], reason: str) -> None:
         """Log endings that Redis decided. The tombstones in Redis hold meanwhile; the tasks go on when the request

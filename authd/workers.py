@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -22,15 +23,16 @@ def run_workers(settings: Settings, listener: socket.socket) -> int:
 
     When one ends unasked the others are told to stop, and the orchestrator starts the whole again.
     """
-    listener.set_inheritable(True)
+    life, own_life = os.pipe()  # closed by the parent's end, however it comes
     with tempfile.TemporaryDirectory(prefix="authd-metrics-") as metrics_folder:
         environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": metrics_folder}
         # The children's pids come with their handles; a signal that comes before is held back until then.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        command = [sys.executable, "-m", "authd", "serve", f"--fd={listener.fileno()}", f"--life={life}"]
         children = [
             subprocess.Popen(  # noqa: S603
-                [sys.executable, "-m", "authd", "serve", "--fd", str(listener.fileno()), "--worker", str(worker)],
-                pass_fds=[listener.fileno()],
+                [*command, f"--worker={worker}"],
+                pass_fds=[listener.fileno(), life],
                 env=environment,
                 # A terminal's Ctrl-C goes to the parent alone, which forwards it: else it would count twice.
                 start_new_session=True,
@@ -40,6 +42,7 @@ def run_workers(settings: Settings, listener: socket.socket) -> int:
         ]
         # While the parent holds the socket, clients can connect to it when no child is left, and hang.
         listener.close()
+        os.close(life)
 
         left = {child.pid: child for child in children}
         are_told = False
@@ -60,7 +63,19 @@ def run_workers(settings: Settings, listener: socket.socket) -> int:
         signal.signal(signal.SIGTERM, forward)
         signal.signal(signal.SIGINT, forward)
         _unblock_signals()
-        return _wait(left, stop_others)
+        status = _wait(left, stop_others)
+    os.close(own_life)
+    return status
+
+
+def stop_with_parent(life: int) -> None:
+    """Stop in order when the parent has ended: a new one could not listen while its orphans do."""
+
+    def watch() -> None:
+        os.read(life, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="life of the parent", daemon=True).start()
 
 
 def _wait(left: dict[int, subprocess.Popen[bytes]], stop_others: Callable[[], None]) -> int:

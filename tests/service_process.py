@@ -29,7 +29,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from redis.asyncio import Redis
 
-from authd.config import parse_settings
+from authd.config import parse_settings, read_values
 from authd.embedded import KafkaBroker, PostgresServer, RedisServer
 from authd.embedded.processes import free_port, guarded
 from authd.postgres.migrate import migrate
@@ -355,13 +355,14 @@ class Services:
 
     def _settings(self, name: str) -> dict[str, str]:
         url = self._postgres.database_url(name).replace("postgres@", f"postgres:{DATABASE_PASSWORD}@")
-        return {
+        # Where there is a `.test.env`, it may change how the processes run, but not where they find their stores.
+        chosen = {"AUTHD_BCRYPT_COST": "4"} | read_values({}, env_file=Path(".test.env"))
+        return chosen | {
             "AUTHD_BIND": f"127.0.0.1:{free_port()}",
             "AUTHD_DATABASE_URL": f"{url}?sslmode=disable",
             "AUTHD_REDIS_URL": self._redis.url,
             "AUTHD_DEPLOYMENT": name,
             "AUTHD_SECRET": secrets.token_urlsafe(48),
-            "AUTHD_BCRYPT_COST": "4",
             "AUTHD_KAFKA_REGISTRATION_TOPIC": name,
         }
 

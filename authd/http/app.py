@@ -9,7 +9,7 @@ import anyio
 import structlog
 from quart import Blueprint, Quart, Request, Response
 from quart.typing import ResponseTypes
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from authd.config import Settings
 from authd.errors import Refusal, Unavailable
@@ -23,6 +23,8 @@ from authd.http.problems import (
 )
 from authd.observe import metrics
 
+#: How long the answer to a request whose body nobody read waits for the rest of it.
+BODY_REST_S = 0.5
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 #: Asked every few seconds by machines: a line for each would bury the rest.
 _PROBES = {"/livez", "/readyz", "/metrics"}
@@ -71,16 +73,29 @@ class App(Quart):
             if response is None:
                 metrics.unavailable.labels("deadline").inc()
                 response = deadline_response()
+            if not await _has_whole_body(request) or self.is_draining:
+                # It ends after this answer; a client that is not told would use it again.
+                response.headers["Connection"] = "close"
             response.headers["X-Request-ID"] = request_id
             response.headers.update(SECURITY_HEADERS)
             # Only what says otherwise is for everybody: anything else may hold a token or tell of a user.
             response.headers.setdefault("Cache-Control", "no-store")
             self._cors.permit(request, response)
-            if self.is_draining and request.http_version.startswith("1"):
-                response.headers["Connection"] = "close"
             return response
         finally:
             _record(request, response, time.perf_counter() - started)
+
+
+async def _has_whole_body(request: Request) -> bool:
+    if not request.content_length and "Transfer-Encoding" not in request.headers:
+        return True
+    with anyio.move_on_after(BODY_REST_S):
+        try:
+            await request.body
+        except RequestEntityTooLarge:
+            return False
+        return True
+    return False
 
 
 def _record(request: Request, response: ResponseTypes | None, seconds: float) -> None:

@@ -21,7 +21,7 @@ SECURITY_HEADERS = {
 #: Each code's status and title. A code that is missing here is a test failure.
 PROBLEMS: dict[str, tuple[int, str]] = {
     "malformed_request": (422, "Malformed request"),
-    "unsupported_media_type": (415, "Unsupported media type"),
+    "unsupported_media_type": (422, "Unsupported media type"),
     "invalid_request": (422, "Invalid request"),
     "username_taken": (409, "Username taken"),
     "invalid_credentials": (401, "Invalid credentials"),

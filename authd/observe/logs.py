@@ -35,8 +35,8 @@ class _DroppingQueueHandler(QueueHandler):
             return
 
 
-def start_logs(settings: Settings, worker: int = 0) -> None:
-    """Set up logging for this process; whatever waits is written at exit.
+def start_logs(settings: Settings, worker: int | None = 0) -> None:
+    """Set up logging for this process; whatever waits is written at exit. Without a number there is no file.
 
     :raises ConfigError: when the folder of the log file cannot be written.
     """
@@ -60,7 +60,8 @@ def start_logs(settings: Settings, worker: int = 0) -> None:
     lines: queue.Queue[logging.LogRecord] = queue.Queue(QUEUE_LINES_MAX)
     handler = _DroppingQueueHandler(lines)
     handler.setFormatter(_Formatter(library_lines))
-    listener = QueueListener(lines, logging.StreamHandler(sys.stderr), _file_handler(settings, worker))
+    files = [] if worker is None else [_file_handler(settings, worker)]
+    listener = QueueListener(lines, logging.StreamHandler(sys.stderr), *files)
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level)

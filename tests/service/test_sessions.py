@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from blockbuster import BlockBuster
-from service.world import CLIENT, LOGGED, UNLOGGED, MakeWorld, World, open_world, until
+from service.world import CLIENT, LOGGED, UNLOGGED, MakeWorld, World, open_world, together, until
 
 from authd.config import BUCKETS
 from authd.embedded import PostgresServer, RedisServer
@@ -303,6 +303,20 @@ async def test_after_a_wipe_the_cap_holds_for_eleven_devices(make_world: MakeWor
     outcomes = [await world.outcome(pair.refresh_token) for pair in pairs]
     assert outcomes == ["session_evicted"] + ["ok"] * 10
     assert len(await world.live(user.id)) == 10
+    assert await world.rows(user.id) == [(world.token(pairs[0]).session_id, None, "evicted")]
+
+
+async def test_a_rebuilt_session_evicts_the_oldest_and_logs_it(make_world: MakeWorld) -> None:
+    world = await make_world(max_active_sessions=1)
+    user = await world.register()
+    old = await world.login(user)
+    await world.until_ms(world.token(old).created_ms)
+    generous = await world.replica(max_active_sessions=2)
+    new = await generous.login(user)
+    await world.raw.hdel(world.hash_key(user.id), world.token(new).session_id)
+    assert await world.outcome(new.refresh_token) == "ok"
+    assert await world.rows(user.id) == [(world.token(old).session_id, None, "evicted")]
+    assert await world.outcome(old.refresh_token) == "session_evicted"
 
 
 async def test_a_refused_rebuild_does_not_ask_postgres_again(world: World, postgres_server: PostgresServer) -> None:
@@ -417,39 +431,51 @@ async def test_a_killed_postgres_is_found_again(make_world: MakeWorld, postgres_
 async def test_a_redis_that_wakes_after_the_clients_left_changes_nothing(
     database_url: str, no_blocking: BlockBuster, tmp_path: Path
 ) -> None:
+    """Scenario 7. The abandoned scripts do run: they were sent."""
     async with (
         RedisServer(tmp_path, durable=False) as server,
         open_world(database_url, server.url, no_blocking, redis_timeout_s=0.4) as world,
     ):
-        user = await world.register()
-        other = await world.register()
-        pair, doomed = await world.login(user), await world.login(other)
-        lost = await world.login(user)
+        user, other = await world.register(), await world.register()
+        pair, doomed, lost = await world.login(user), await world.login(other), await world.login(user)
+        await world.end_all(await world.register())
+        # Every script is loaded, every bucket's clock known, and a connection there for each call.
+        pair = await world.refresh(pair.refresh_token)
+        await world.store.bury(world.token(pair), "logout")
+        await world.store.skip(user.id % BUCKETS, 0, 1)
+        await together(*[world.redis.ping] * 20)
         await world.raw.hdel(world.hash_key(user.id), world.token(lost).session_id)
-        before = await world.dump()
-        await server.pause()
-        for call in (
+        before, ran_before = await world.dump(), await _scripts_run(world)
+        calls = [
             partial(world.refresh, pair.refresh_token),
             partial(world.open, user),
             partial(world.store.rebuild, world.token(lost), 1, CLIENT, 0),
             partial(world.store.bury, world.token(lost), "logout"),
-            partial(world.store.skip, user.id % BUCKETS, 0, 9),
-            partial(world.store.apply, user.id, 0, 9, session_id=None, epoch=9, reason="logout"),
-            partial(world.sessions.profile, pair.access_token),
-        ):
-            with pytest.raises(Unavailable) as caught:
-                await call()
-            assert caught.value.part == "session_store"
+            partial(world.store.skip, user.id % BUCKETS, 1, 9),
+            partial(world.store.apply, user.id, 1, 9, session_id=None, epoch=9, reason="logout"),
+        ]
+        await server.pause()
+        for outcome in await together(*calls, partial(world.sessions.profile, pair.access_token)):
+            assert isinstance(outcome, Unavailable) and outcome.part == "session_store"
         # A logout that Postgres has stands, and is applied before the user is served.
         row = await world.users.end_all_sessions(other.id, "logout", world.keep)
         assert row is not None
         with pytest.raises(Unavailable):
             await world.feed.applied(row.bucket, row.number)
         await server.resume()
-        assert await world.raw.ping()
+
+        async def have_run() -> bool:
+            return await _scripts_run(world) >= ran_before + len(calls)
+
+        await until(have_run)
         assert await world.dump() == before
         assert await world.outcome(doomed.refresh_token) == "session_ended"
         assert world.token(await world.refresh(pair.refresh_token)).counter == world.token(pair).counter + 1
+
+
+async def _scripts_run(world: World) -> int:
+    stats = (await world.raw.info("commandstats"))["cmdstat_evalsha"]
+    return int(stats["calls"] - stats["failed_calls"])
 
 
 async def test_a_redis_that_comes_back_empty_serves_at_once(
@@ -619,6 +645,31 @@ async def test_every_key_has_a_known_name_and_expires_but_the_applied_marks(make
             lives = [int.from_bytes(v[27:33] if v[0] == 1 else v[1:7], "big") for k, v in value.items() if k != b"e"]
             assert expires_ms >= max(lives, default=0)
     assert any(":throttle:" in key for key in await world.keys())
+
+
+async def test_a_users_hash_lives_as_long_as_the_longest_lived_of_its_values(world: World) -> None:
+    user = await world.register()
+    short = await world.replica(refresh_ttl_s=60)
+
+    async def expires_ms() -> int:
+        return int(await world.raw.pexpiretime(world.hash_key(user.id)))
+
+    first = await short.open(user)
+    assert await expires_ms() == world.token(first).expires_ms
+    first = await short.refresh(first.refresh_token)
+    assert await expires_ms() == world.token(first).expires_ms
+    long = await world.open(user)
+    assert await expires_ms() == world.token(long).expires_ms
+    await short.refresh(first.refresh_token)
+    assert await expires_ms() == world.token(long).expires_ms
+    await world.wipe()
+    long = await world.refresh(long.refresh_token)
+    assert await expires_ms() == world.token(long).expires_ms
+    await world.wipe()
+    await world.store.bury(world.token(long), "logout")
+    assert 0 < await expires_ms() <= await world.now_ms() + 60_000
+    await world.sessions.end_logged(user.id, [bytes(16)], "logout")
+    assert await world.now_ms() + 60_000 < await expires_ms() <= await world.now_ms() + 600_000
 
 
 async def test_a_session_is_small(world: World) -> None:
