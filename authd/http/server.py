@@ -33,6 +33,8 @@ READ_BYTES = 65_536
 LINGER_S = 1.0
 #: Refusals that linger at a time; beyond it a connection is closed without a word.
 REFUSALS_MAX = 256
+#: A connection is not closed for another's sake before this: its request may be here and only not read yet.
+EVICT_AFTER_S = 0.2
 #: After the drain: time for the answers that say so.
 FAREWELL_S = 2.0
 #: File descriptors for all that is no connection of a client.
@@ -49,8 +51,8 @@ class HttpServer:
         self.context = WorkerContext(None)
         self._app = app
         self._connections: set[_Connection] = set()
-        #: In the order in which they began to wait for their client; some no longer do.
-        self._waiting: dict[_Connection, None] = {}
+        #: Since when each waits for its client, the first of them first; some no longer do.
+        self._waiting: dict[_Connection, float] = {}
         self._refusals: set[_Refusal] = set()
         self._gone = anyio.Event()
 
@@ -119,12 +121,14 @@ class HttpServer:
     def wait_for_client(self, connection: "_Connection") -> None:
         """The connection is the newest of those that wait for their client."""
         self._waiting.pop(connection, None)
-        self._waiting[connection] = None
+        self._waiting[connection] = anyio.current_time()
 
     def _evict(self) -> bool:
         """Make room by closing the connection that has waited longest for its client."""
         while self._waiting:
-            connection = next(iter(self._waiting))
+            connection, since = next(iter(self._waiting.items()))
+            if anyio.current_time() - since < EVICT_AFTER_S:
+                return False
             del self._waiting[connection]
             if connection.is_owed:
                 connection.abort()
