@@ -79,7 +79,11 @@ class KeyKeeper:
         ring.replace(*self._open(stored))
 
     async def rotate(self) -> list[str]:
-        """Add a next key of each purpose, whatever the age of the current one, and return their ids."""
+        """Add a next key of each purpose, whatever the age of the current one, and return their ids.
+
+        :raises SealedByAnotherSecret: before a key is added that no replica could open.
+        """
+        self._open(await self._keys.load())
         made = [self._make(purpose) for purpose in self.purposes]
         for key in made:
             await self._keys.add(key, self._publish)

@@ -113,7 +113,7 @@ async def _serve(
         [
             make_credentials(settings, Accounts(users, hasher, publisher), sessions),
             make_oauth(settings, ClientRegistry(Clients(database)), TokenDesk(mint, sessions)),
-            make_operations(health, ring),
+            make_operations(settings, health, ring),
         ],
     )
     async with AsyncExitStack() as tree:

@@ -47,6 +47,8 @@ DATABASE_PASSWORD = "canary-of-the-database"
 TRACEBACK = re.compile(r'Traceback|"exception"\s*:|"event"\s*:\s*"fault"')
 
 T = TypeVar("T")
+#: A service client's id and secret.
+Credentials = tuple[str, str]
 
 
 async def eventually(look: Callable[[], Awaitable[T] | T], within_s: float = 15.0) -> T:
@@ -116,6 +118,14 @@ class Api(httpx.AsyncClient):
 
     async def me(self, access_token: str) -> httpx.Response:
         return await self.get("/auth/me", headers=self.bearer(access_token))
+
+    async def introspect(self, credentials: Credentials, token: str, **more: str) -> httpx.Response:
+        self._known.add(token)
+        return await self.post("/auth/introspect", data={"token": token, **more}, auth=credentials)
+
+    async def revoke(self, credentials: Credentials, token: str, **more: str) -> httpx.Response:
+        self._known.add(token)
+        return await self.post("/auth/revoke", data={"token": token, **more}, auth=credentials)
 
     def bearer(self, access_token: str) -> dict[str, str]:
         self._known.add(access_token)
@@ -272,6 +282,15 @@ class ServiceProcess:
             env=self.environment | settings,
         )
         return subprocess.CompletedProcess(arguments, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    async def new_client(self, name: str = "shop") -> Credentials:
+        """Register a service, as an operator does."""
+        added = await self.run("clients", "add", name)
+        assert (added.returncode, added.stderr) == (0, "")
+        found = re.fullmatch(r"client_id=(\S+)\nclient_secret=(\S+)\n", added.stdout)
+        assert found, added.stdout
+        self.secrets.add(found[2])
+        return found[1], found[2]
 
     async def query(self, statement: str, *arguments: object) -> list[dict[str, Any]]:
         """Ask its database, past authd."""

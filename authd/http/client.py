@@ -26,7 +26,7 @@ def find_client(request: Request, trusted: Sequence[Network]) -> Client:
             peer = address
             if not _is_in(peer, trusted):
                 break
-    return Client(str(peer), shorten_user_agent(request.headers.get("User-Agent", "")))
+    return Client(str(peer), shorten_user_agent(_text(request.headers.get("User-Agent", ""))))
 
 
 def bearer_token(request: Request) -> str:
@@ -35,6 +35,14 @@ def bearer_token(request: Request) -> str:
     if scheme.lower() != "bearer" or not token.strip():
         raise MissingToken
     return token.strip()
+
+
+def _text(value: str) -> str:
+    """A header's text: Quart reads its bytes as Latin-1, and who sends more than ASCII sends UTF-8."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeError:
+        return value
 
 
 def _address(text: str) -> Address | None:

@@ -15,8 +15,9 @@ from urllib.parse import urlsplit, urlunsplit
 import anyio
 from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
 from redis.exceptions import RedisClusterException, RedisError
@@ -105,6 +106,8 @@ async def open_redis(settings: Settings) -> AsyncGenerator[RedisClient, None]:
     finally:
         with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
             await client.aclose()
+            if isinstance(client, Redis) and isinstance(client.connection_pool, SentinelConnectionPool):
+                await client.connection_pool.sentinel_manager.aclose()
 
 
 def _make_client(settings: Settings) -> Redis | RedisCluster:
@@ -124,13 +127,8 @@ def _make_client(settings: Settings) -> Redis | RedisCluster:
         "max_connections": settings.redis_pool_per_worker + SPARE_CONNECTIONS,
     }
     if url.scheme.endswith("+sentinel"):
-        # The address of the master is asked for at each new connection: a failover needs no restart.
-        base = Redis.from_url(urlunsplit((url.scheme.split("+")[0], prefix + nodes[0], "", url.query, "")))
-        options = {k: v for k, v in base.connection_pool.connection_kwargs.items() if k not in ("host", "port")}
-        sentinel = Sentinel(  # type: ignore[no-untyped-call]
-            [_host_and_port(node, 26379) for node in nodes], **limits, **options
-        )
-        return sentinel.master_for(url.path.strip("/") or "mymaster", **limits, **options)  # type: ignore[no-any-return]
+        plain = urlunsplit((url.scheme.split("+")[0], prefix + nodes[0], "", url.query, ""))
+        return _make_sentinel_client(plain, nodes, url.path.strip("/") or "mymaster", limits)
     if len(nodes) > 1:
         seeds = [ClusterNode(*_host_and_port(node, 6379)) for node in nodes]
         first = urlunsplit((url.scheme, prefix + nodes[0], url.path, url.query, ""))
@@ -138,6 +136,21 @@ def _make_client(settings: Settings) -> Redis | RedisCluster:
         return RedisCluster.from_url(first, startup_nodes=seeds, reinitialize_steps=0, **limits)
     pool = BlockingConnectionPool.from_url(settings.redis_url.reveal(), timeout=settings.redis_timeout_s, **limits)
     return Redis.from_pool(pool)
+
+
+def _make_sentinel_client(url: str, nodes: Sequence[str], service: str, limits: dict[str, Any]) -> Redis:
+    """The master's address is asked for at each new connection: a failover needs no restart."""
+    options = {name: value for name, value in parse_url(url).items() if name not in ("host", "port")}
+    options["ssl"] = options.pop("connection_class", None) is not None
+    # A sentinel that is away leaves time to ask each of the others and to reach the master.
+    timeout_s = limits["socket_timeout"] / (len(nodes) + 1)
+    impatience = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": Retry(NoBackoff(), 0)}
+    # The credentials are the master's.
+    of_sentinels = {name: value for name, value in options.items() if name not in ("username", "password")}
+    sentinel = Sentinel(  # type: ignore[no-untyped-call]
+        [_host_and_port(node, 26379) for node in nodes], sentinel_kwargs=of_sentinels | impatience
+    )
+    return sentinel.master_for(service, **limits | options)  # type: ignore[no-any-return]
 
 
 def _host_and_port(node: str, default_port: int) -> tuple[str, int]:

@@ -306,6 +306,17 @@ async def test_after_a_wipe_the_cap_holds_for_eleven_devices(make_world: MakeWor
     assert await world.rows(user.id) == [(world.token(pairs[0]).session_id, None, "evicted")]
 
 
+async def test_a_session_that_is_here_is_not_rebuilt(world: World) -> None:
+    user = await world.register()
+    first = await world.login(user)
+    second = await world.refresh(first.refresh_token)
+    await world.refresh(second.refresh_token)
+    before = await world.dump()
+    # It would hand the newest token to whoever brings an old one.
+    assert await world.store.rebuild(world.token(first), 1, CLIENT, 0) == Denied("present")
+    assert await world.dump() == before
+
+
 async def test_a_rebuilt_session_evicts_the_oldest_and_logs_it(make_world: MakeWorld) -> None:
     world = await make_world(max_active_sessions=1)
     user = await world.register()
