@@ -3,6 +3,8 @@
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 
+import msgspec
+
 from authd.events import Event
 from authd.postgres.database import Connection, Database
 from authd.postgres.outbox import add_events
@@ -14,6 +16,17 @@ _QUERIES = load_queries("relay.sql")
 ADVISORY_LOCKS = 0x61757273
 
 
+class Relayed(msgspec.Struct, frozen=True):
+    """What one entry of a stream becomes: its events, and the reason of an ending that Redis decided. `user_id` is 0
+    where it is about no known user; `session_id` is empty where it is about none.
+    """
+
+    user_id: int
+    session_id: bytes
+    events: list[Event]
+    ending: str | None
+
+
 class RelayedBucket:
     """A bucket while its lock is held: nobody else moves its events."""
 
@@ -21,15 +34,23 @@ class RelayedBucket:
         self._connection = connection
         self._writer = writer
 
-    async def add_events(self, events: Sequence[Event]) -> None:
-        await add_events(self._connection, events)
-
-    async def end_session(self, user_id: int, session_id: bytes, reason: str) -> Revoked | None:
-        """Log the ending, unless the request that saw it did. None where the log has it."""
-        await self._connection.execute(_QUERIES["lock_relayed_user"], user_id)
-        if await self._connection.fetchrow(_QUERIES["find_relayed_revocation"], session_id) is not None:
+    async def add(self, relayed: Sequence[Relayed]) -> Revoked | None:
+        """Promise the events, and log the endings that the requests which saw them did not: the last row's place, None
+        where the log has them all.
+        """
+        users = {item.user_id for item in relayed} - {0}
+        await self._connection.execute(_QUERIES["lock_relayed_users"], list(users))
+        await add_events(self._connection, [event for item in relayed for event in item.events])
+        endings = {item.session_id: item for item in relayed if item.ending is not None}
+        if not endings:
             return None
-        return await self._writer.end_session(self._connection, user_id, session_id, reason)
+        logged = await self._connection.fetch(_QUERIES["find_relayed_revocations"], list(endings))
+        for row in logged:
+            del endings[row["session_id"]]
+        last = None
+        for session_id, item in endings.items():
+            last = await self._writer.end_session(self._connection, item.user_id, session_id, item.ending or "")
+        return last
 
 
 class RelayStore:

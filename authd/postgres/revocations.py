@@ -66,7 +66,7 @@ class RevocationWriter:
             epoch,
             reason,
             self._keep,
-            self._events.access_ttl,
+            self._events.announced_for,
         )
         if row is None:
             raise RuntimeError(f"revocation_heads has no bucket {bucket}")
@@ -109,11 +109,9 @@ class Revocations:
             if user is None:
                 return 0
             rows = await connection.fetch(_QUERIES["take_announced_over"], user["id"])
-            has_newer = await connection.fetchval(_QUERIES["has_announced_epoch"], user["id"])
-            keys = {row["session_id"] for row in rows}
-            if has_newer:
-                # The record of the newer ending has the same key: the tombstone would take it away.
-                keys.discard(None)
+            # A newer ending of the same key is still announced: the tombstone would take away its record.
+            newer = await connection.fetch(_QUERIES["list_announced"], user["id"])
+            keys = {row["session_id"] for row in rows} - {row["session_id"] for row in newer}
             await add_events(connection, [revocation_record(user["id"], key, None) for key in keys])
         return len(rows)
 

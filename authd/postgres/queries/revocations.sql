@@ -22,8 +22,9 @@ WHERE h.bucket = $1
 ORDER BY r.number;
 
 -- name: delete_expired_revocations
+-- Not before its tombstone is promised.
 DELETE FROM revocations WHERE ctid = ANY (ARRAY(
-    SELECT ctid FROM revocations WHERE expires_at < now() ORDER BY expires_at LIMIT $1
+    SELECT ctid FROM revocations WHERE expires_at < now() AND announced_until IS NULL ORDER BY expires_at LIMIT $1
 ));
 
 -- name: lock_user
@@ -46,5 +47,6 @@ UPDATE revocations SET announced_until = NULL
 WHERE user_id = $1 AND announced_until < now() - interval '1 minute'
 RETURNING session_id;
 
--- name: has_announced_epoch
-SELECT EXISTS (SELECT FROM revocations WHERE user_id = $1 AND epoch IS NOT NULL AND announced_until IS NOT NULL);
+-- name: list_announced
+-- Each session once, and NULL where all sessions below an epoch ended.
+SELECT DISTINCT session_id FROM revocations WHERE user_id = $1 AND announced_until IS NOT NULL;
