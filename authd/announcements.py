@@ -10,7 +10,7 @@ from authd.config import Settings
 from authd.events import (
     Event,
     EventType,
-    SessionChanged,
+    SessionEnded,
     SessionsEnded,
     TokenRevoked,
     UserChanged,
@@ -60,7 +60,7 @@ class EventFactory:
 
     def session_ended(self, user_id: int, session_id: bytes, reason: str) -> list[Event]:
         sid = encode_base64url(session_id)
-        value = SessionChanged(user_id=user_id, session_id=sid, reason=reason, occurred_at=_now())
+        value = SessionEnded(user_id=user_id, session_id=sid, reason=reason, occurred_at=_now())
         return self.told("session.ended", user_id, value)
 
     def sessions_ended(self, user_id: int, epoch: int, reason: str) -> list[Event]:

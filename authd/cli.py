@@ -132,10 +132,9 @@ def _add_outbox(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _row_id(text: str) -> int:
-    number = int(text)
-    if not 0 < number < 2**63:
-        raise ValueError
-    return number
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is no id")
+    return int(text)
 
 
 def _serve(options: argparse.Namespace) -> int:

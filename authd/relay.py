@@ -15,7 +15,7 @@ from anyio.abc import TaskStatus
 from authd.announcements import EventFactory, iso
 from authd.config import BUCKETS
 from authd.errors import Unavailable
-from authd.events import EventType, LoginLocked, SessionChanged
+from authd.events import EventType, LoginLocked, SessionChanged, SessionOpened
 from authd.observe import metrics
 from authd.postgres.relay import Relayed, RelayStore
 from authd.redis.events import EventStreams, StreamEntry
@@ -192,14 +192,18 @@ class EventRelay:
         return Relayed(user_id, b"", self._events.told("login.locked", user_id, lock, once=once), None)
 
     def _session_changed(self, entry: StreamEntry, kind: EventType, ending: str | None) -> Relayed:
-        user_id, session_id = int(entry.fields["u"]), entry.fields["s"]
-        client = unpack_client(entry.fields["c"]) if "c" in entry.fields else None
-        change = SessionChanged(
-            user_id=user_id,
-            session_id=encode_base64url(session_id),
-            occurred_at=iso(entry.at_ms),
-            address=client.address if client else "",
-            user_agent=client.user_agent if client else "",
-        )
-        told = self._events.told(kind, user_id, change, once=change.session_id)
-        return Relayed(user_id, session_id, told, ending)
+        user_id, session_id, occurred_at = int(entry.fields["u"]), entry.fields["s"], iso(entry.at_ms)
+        sid = encode_base64url(session_id)
+        change: SessionOpened | SessionChanged
+        if kind == "session.opened":
+            client = unpack_client(entry.fields["c"])
+            change = SessionOpened(
+                user_id=user_id,
+                session_id=sid,
+                occurred_at=occurred_at,
+                address=client.address,
+                user_agent=client.user_agent,
+            )
+        else:
+            change = SessionChanged(user_id=user_id, session_id=sid, occurred_at=occurred_at)
+        return Relayed(user_id, session_id, self._events.told(kind, user_id, change, once=sid), ending)
