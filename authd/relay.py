@@ -18,6 +18,7 @@ from authd.errors import Unavailable
 from authd.events import EventType, LoginLocked, SessionChanged, SessionOpened
 from authd.observe import metrics
 from authd.postgres.relay import Relayed, RelayStore
+from authd.postgres.revocations import Ending
 from authd.redis.events import EventStreams, StreamEntry
 from authd.redis.sessions import unpack_client
 from authd.revocations import RevocationFeed
@@ -189,9 +190,9 @@ class EventRelay:
             occurred_at=iso(entry.at_ms),
         )
         once = f"{entry.id}:{lock.counter}:{lock.address}"
-        return Relayed(user_id, b"", self._events.told("login.locked", user_id, lock, once=once), None)
+        return Relayed(user_id, self._events.told("login.locked", user_id, lock, once=once), None)
 
-    def _session_changed(self, entry: StreamEntry, kind: EventType, ending: str | None) -> Relayed:
+    def _session_changed(self, entry: StreamEntry, kind: EventType, reason: str | None) -> Relayed:
         user_id, session_id, occurred_at = int(entry.fields["u"]), entry.fields["s"], iso(entry.at_ms)
         sid = encode_base64url(session_id)
         change: SessionOpened | SessionChanged
@@ -206,4 +207,5 @@ class EventRelay:
             )
         else:
             change = SessionChanged(user_id=user_id, session_id=sid, occurred_at=occurred_at)
-        return Relayed(user_id, session_id, self._events.told(kind, user_id, change, once=sid), ending)
+        ending = None if reason is None else Ending(user_id, session_id, reason)
+        return Relayed(user_id, self._events.told(kind, user_id, change, once=sid), ending)

@@ -9,7 +9,7 @@ from authd.events import Event
 from authd.postgres.database import Connection, Database
 from authd.postgres.outbox import add_events
 from authd.postgres.queries import load_queries
-from authd.postgres.revocations import RevocationWriter, Revoked
+from authd.postgres.revocations import Ending, RevocationWriter, Revoked
 
 _QUERIES = load_queries("relay.sql")
 #: The first half of the advisory locks' keys; the second is the bucket.
@@ -17,14 +17,13 @@ ADVISORY_LOCKS = 0x61757273
 
 
 class Relayed(msgspec.Struct, frozen=True):
-    """What one entry of a stream becomes: its events, and the reason of an ending that Redis decided. `user_id` is 0
-    where it is about no known user; `session_id` is empty where it is about none.
+    """What one entry of a stream becomes: its events, and the ending, if Redis decided one. `user_id` is 0 where it is
+    about no known user.
     """
 
     user_id: int
-    session_id: bytes
     events: list[Event]
-    ending: str | None
+    ending: Ending | None
 
 
 class RelayedBucket:
@@ -41,16 +40,8 @@ class RelayedBucket:
         users = {item.user_id for item in relayed} - {0}
         await self._connection.execute(_QUERIES["lock_relayed_users"], list(users))
         await add_events(self._connection, [event for item in relayed for event in item.events])
-        endings = {item.session_id: item for item in relayed if item.ending is not None}
-        if not endings:
-            return None
-        logged = await self._connection.fetch(_QUERIES["find_relayed_revocations"], list(endings))
-        for row in logged:
-            del endings[row["session_id"]]
-        last = None
-        for session_id, item in endings.items():
-            last = await self._writer.end_session(self._connection, item.user_id, session_id, item.ending or "")
-        return last
+        endings = [item.ending for item in relayed if item.ending is not None]
+        return await self._writer.end_new(self._connection, endings) if endings else None
 
 
 class RelayStore:

@@ -5,6 +5,3 @@ SELECT pg_try_advisory_xact_lock($1, $2);
 -- name: lock_relayed_users
 -- All at once and in one order, before any head: see revocations.sql.
 SELECT FROM users WHERE id = ANY ($1::bigint[]) ORDER BY id FOR NO KEY UPDATE;
-
--- name: find_relayed_revocations
-SELECT DISTINCT session_id FROM revocations WHERE session_id = ANY ($1::bytea[]);
