@@ -1,6 +1,7 @@
 """Who you are: registration, the form of a username, and the profile that a client sees."""
 
 import unicodedata
+from collections.abc import Callable
 from datetime import datetime
 
 import email_validator
@@ -9,7 +10,6 @@ import msgspec
 from email_validator import EmailNotValidError, validate_email
 
 from authd.config import BUCKETS
-from authd.delivery import Publisher
 from authd.errors import InvalidRequest, UsernameTaken
 from authd.hasher import Hasher
 from authd.passwords import check_password
@@ -57,10 +57,11 @@ def username_key(username: str) -> str:
 
 
 class Accounts:
-    def __init__(self, users: Users, hasher: Hasher, publisher: Publisher | None) -> None:
+    def __init__(self, users: Users, hasher: Hasher, on_outbox: Callable[[int], None]) -> None:
+        """`on_outbox` is called with each lane that got rows, after the commit."""
         self._users = users
         self._hasher = hasher
-        self._publisher = publisher
+        self._on_outbox = on_outbox
 
     async def register(self, username: str, password: str, full_name: str) -> Profile:
         """Add a user; its event is promised in the same transaction.
@@ -83,8 +84,7 @@ class Accounts:
         user = await self._users.insert(username, username_key(username), full_name, password_hash)
         if user is None:
             raise UsernameTaken
-        if self._publisher is not None:
-            self._publisher.offer(user.id % BUCKETS)
+        self._on_outbox(user.id % BUCKETS)
         return make_profile(user.id, user.username, user.full_name, user.created_at)
 
 

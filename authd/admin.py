@@ -1,8 +1,7 @@
-"""The commands that look at a deployment or change a user."""
+"""The commands that look at a deployment or change something in it."""
 
 import sys
-from datetime import timedelta
-from typing import Literal
+from collections.abc import Iterable, Sequence
 
 import anyio
 
@@ -12,16 +11,13 @@ from authd.config import Settings
 from authd.errors import Unavailable
 from authd.kafka.producer import Producer
 from authd.keys import KeyKeeper
-from authd.postgres.clients import Clients
 from authd.postgres.database import open_database
-from authd.postgres.keys import Keys
 from authd.postgres.migrate import migrate as run_migrations
-from authd.postgres.revocations import Revocations
-from authd.postgres.users import Users
+from authd.postgres.outbox import PARKED_ROWS
 from authd.redis.client import open_redis
-from authd.redis.sessions import SessionStore
 from authd.revocations import RevocationFeed
 from authd.runtime import running
+from authd.stores import PostgresStores, RedisStores
 
 
 async def migrate(settings: Settings) -> int:
@@ -34,7 +30,7 @@ async def check(settings: Settings) -> int:
     """One line for each part; 1 when one is away without which requests fail."""
     status = 0
     async with open_database(settings) as database, open_redis(settings) as redis:
-        for part, probe in (("Postgres", Revocations(database).heads), ("Redis", redis.ping)):
+        for part, probe in (("Postgres", database.ping), ("Redis", redis.ping)):
             try:
                 await probe()
                 _say(f"{part}: answers")
@@ -49,7 +45,7 @@ async def check(settings: Settings) -> int:
 
 async def show_user(settings: Settings, username: str) -> int:
     async with open_database(settings) as database:
-        user = await Users(database).find_by_username_key(username_key(username))
+        user = await PostgresStores(settings, database).users.find_by_username_key(username_key(username))
     if user is None:
         return _no_user()
     state = "disabled" if user.disabled else "active"
@@ -58,30 +54,30 @@ async def show_user(settings: Settings, username: str) -> int:
 
 
 async def disable_user(settings: Settings, username: str) -> int:
-    return await _set_disabled(settings, username, "user_disabled")
+    return await _set_disabled(settings, username, disabled=True)
 
 
 async def enable_user(settings: Settings, username: str) -> int:
-    return await _set_disabled(settings, username, "user_enabled")
+    return await _set_disabled(settings, username, disabled=False)
 
 
 async def add_client(settings: Settings, name: str) -> int:
     async with open_database(settings) as database:
-        client = await ClientRegistry(Clients(database)).add(name)
+        client = await ClientRegistry(PostgresStores(settings, database).clients).add(name)
     _say(f"client_id={client.client_id}\nclient_secret={client.secret}")
     return 0
 
 
 async def list_clients(settings: Settings) -> int:
     async with open_database(settings) as database:
-        for client in await Clients(database).list_all():
+        for client in await PostgresStores(settings, database).clients.list_all():
             _say(f"{client.client_id}  {client.created_at.isoformat(timespec='seconds')}  {client.name}")
     return 0
 
 
 async def remove_client(settings: Settings, client_id: str) -> int:
     async with open_database(settings) as database:
-        if not await Clients(database).delete(client_id):
+        if not await PostgresStores(settings, database).clients.delete(client_id):
             return _complain("No such client.")
     _say(f"Removed. Running replicas forget it within {FRESH_S:.0f} s.")
     return 0
@@ -89,7 +85,7 @@ async def remove_client(settings: Settings, client_id: str) -> int:
 
 async def list_keys(settings: Settings) -> int:
     async with open_database(settings) as database:
-        for key in await Keys(database).load():
+        for key in await PostgresStores(settings, database).keys.load():
             since = max(key.active_at, key.created_at).isoformat(timespec="seconds")
             _say(f"{key.kid}  {key.purpose:8}  counts from {since}")
     return 0
@@ -97,18 +93,54 @@ async def list_keys(settings: Settings) -> int:
 
 async def rotate_keys(settings: Settings) -> int:
     async with open_database(settings) as database:
-        for kid in await KeyKeeper(settings, Keys(database)).rotate():
+        for kid in await KeyKeeper(settings, PostgresStores(settings, database).keys).rotate():
             _say(f"{kid}  published; counts in {settings.key_publish_s} s")
     return 0
 
 
-async def _set_disabled(settings: Settings, username: str, reason: Literal["user_disabled", "user_enabled"]) -> int:
-    keep = timedelta(seconds=settings.session_ttl_s)
+async def list_outbox(settings: Settings) -> int:
+    """What waits, and a line for each event that is set aside; never its value, which is about a person."""
+    async with open_database(settings) as database:
+        outbox = PostgresStores(settings, database).outbox
+        backlog, parked = await outbox.backlog(), await outbox.parked()
+    _say(f"waiting: {backlog.events}, the oldest for {backlog.oldest_s:.0f} s")
+    _say(f"set aside: {backlog.parked}")
+    for row in parked:
+        _say(
+            f"{row.id}  {row.type}  channel={row.channel}  user={row.user_id}  attempts={row.attempts}"
+            f"  error={row.last_error}  age={row.age_s:.0f}s"
+        )
+    if backlog.parked > len(parked):
+        _say(f"These are the {PARKED_ROWS} oldest.")
+    return 0
+
+
+async def retry_outbox(settings: Settings, ids: Sequence[int] | None) -> int:
+    """Give events that were set aside their attempts again; None: all of them."""
+    async with open_database(settings) as database:
+        unparked = await PostgresStores(settings, database).outbox.unpark(ids)
+    for row_id in sorted(unparked.retried):
+        _say(f"{row_id}  waits for the broker again")
+    for row_id in sorted(unparked.overtaken):
+        _say(f"{row_id}  dropped: its revocation is over, or a newer one says more")
+    return _complain_of_missing(ids or [], {*unparked.retried, *unparked.overtaken})
+
+
+async def drop_outbox(settings: Settings, ids: Sequence[int]) -> int:
+    async with open_database(settings) as database:
+        dropped = await PostgresStores(settings, database).outbox.drop(ids)
+    for row_id in sorted(dropped):
+        _say(f"{row_id}  dropped")
+    return _complain_of_missing(ids, set(dropped))
+
+
+async def _set_disabled(settings: Settings, username: str, *, disabled: bool) -> int:
     async with open_database(settings) as database, open_redis(settings) as redis:
-        row = await Users(database).set_disabled(username_key(username), reason, keep)
+        stores = PostgresStores(settings, database)
+        row = await stores.users.set_disabled(username_key(username), disabled=disabled)
         if row is None:
             return _no_user("or it is so already")
-        feed = RevocationFeed(Revocations(database), SessionStore(redis, settings), keep)
+        feed = RevocationFeed(stores.revocations, RedisStores(settings, redis).sessions)
         async with running(feed.run):
             try:
                 await feed.applied(row.bucket, row.number)
@@ -128,6 +160,11 @@ async def _check_kafka(settings: Settings) -> str:
             await producer.wait_connected()
             return "answers"
     return "away: events wait in the outbox"
+
+
+def _complain_of_missing(wanted: Iterable[int], found: set[int]) -> int:
+    missing = sorted(set(wanted) - found)
+    return _complain(f"Not set aside: {', '.join(map(str, missing))}.") if missing else 0
 
 
 def _no_user(more: str = "") -> int:

@@ -63,6 +63,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     workers: Annotated[int, Meta(ge=1, le=64)] = 1
     trusted_proxies: tuple[Network, ...] = ()
     request_timeout_s: Timeout = 15.0
+    unready_s: Annotated[float, Meta(ge=0, le=300)] = 0.0
     drain_s: Timeout = 20.0
     start_timeout_s: Timeout = 60.0
     body_max_bytes: Annotated[int, Meta(ge=4096, le=1_048_576)] = 16_384
@@ -82,12 +83,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     kafka_bootstrap_servers: tuple[str, ...] = ()
     kafka_registration_topic: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,249}$")] = "uploading_data"
     kafka_registration_key: Annotated[str, Meta(min_length=1, max_length=256)] = "new_user"
+    kafka_events_topic: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,249}$")] = "auth.events"
+    kafka_revocations_topic: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,249}$")] = "auth.revocations"
     kafka_timeout_s: Timeout = 10.0
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
     kafka_username: str = ""
     kafka_password: Secret = Secret("")
     kafka_ca_file: str = ""
+    outbox_degraded_s: Seconds = 300
     stream_max: Count = 10_000
 
     # Tokens and sessions

@@ -1,29 +1,50 @@
-"""The events authd tells the world, as their consumers read them."""
+"""The events authd tells the world, as their consumers read them; docs/events.md is their page.
+
+Three channels, each a topic of the settings, read when an event is sent: a wrong one is mended by a restart, also for
+the events that wait.
+    registration  the contract's topic: one record for each user, four fields, nothing else
+    events        everything, keyed by user id
+    revocations   compacted, keyed by what was revoked: for services that verify access tokens without asking authd
+"""
 
 import uuid
-from datetime import datetime
 from typing import Literal
 
 import msgspec
 
-#: Where an event goes. The topic behind each is a setting, read when the event is sent: a wrong one is mended by a
-#: restart, also for the events that wait.
-Channel = Literal["registration"]
+Channel = Literal["registration", "events", "revocations"]
+EventType = Literal[
+    "user.registered",
+    "user.disabled",
+    "user.enabled",
+    "session.opened",
+    "session.evicted",
+    "session.reuse_detected",
+    "session.ended",
+    "sessions.ended",
+    "login.locked",
+    "token.revoked",
+]
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """One event: `value` is the JSON that consumers read, the rest travels in message headers."""
+    """One event: `value` is what consumers read, the rest travels in the message's key and headers.
+
+    `key` is None for the key that the settings name. `value` is None for a tombstone in a compacted topic. `user_id` is
+    0 where an event is about no known user.
+    """
 
     id: uuid.UUID
     channel: Channel
-    type: str
+    type: EventType
     version: int
     user_id: int
-    value: bytes
+    key: str | None
+    value: bytes | None
 
 
 class UserRegistered(msgspec.Struct, frozen=True, kw_only=True):
-    """The value of `user.registered`: these four fields exactly, which consumers validate strictly."""
+    """The value of `user.registered`, on both topics: these four fields exactly, which consumers validate strictly."""
 
     user_id: int
     username: str
@@ -31,13 +52,67 @@ class UserRegistered(msgspec.Struct, frozen=True, kw_only=True):
     created_at: str
 
 
-def user_registered(user_id: int, username: str, full_name: str, created_at: datetime) -> Event:
-    value = UserRegistered(user_id=user_id, username=username, full_name=full_name, created_at=created_at.isoformat())
-    return Event(
-        id=uuid.uuid4(),
-        channel="registration",
-        type="user.registered",
-        version=1,
-        user_id=user_id,
-        value=msgspec.json.encode(value),
-    )
+class UserChanged(msgspec.Struct, frozen=True, kw_only=True):
+    """`user.disabled`, `user.enabled`."""
+
+    user_id: int
+    occurred_at: str
+
+
+class SessionOpened(msgspec.Struct, frozen=True, kw_only=True):
+    """`session.opened`: a login. `user_agent` is empty where the client told none."""
+
+    user_id: int
+    session_id: str
+    occurred_at: str
+    address: str
+    user_agent: str
+
+
+class SessionChanged(msgspec.Struct, frozen=True, kw_only=True):
+    """`session.evicted`, `session.reuse_detected`: Redis ended it."""
+
+    user_id: int
+    session_id: str
+    occurred_at: str
+
+
+class SessionEnded(msgspec.Struct, frozen=True, kw_only=True):
+    """`session.ended`: somebody asked for it."""
+
+    user_id: int
+    session_id: str
+    reason: str
+    occurred_at: str
+
+
+class SessionsEnded(msgspec.Struct, frozen=True, kw_only=True):
+    """`sessions.ended`: all that were opened below the epoch."""
+
+    user_id: int
+    epoch: int
+    reason: str
+    occurred_at: str
+
+
+class LoginLocked(msgspec.Struct, frozen=True, kw_only=True):
+    """`login.locked`. `counter` is what reached its limit; `user_id` is null where no user has the username. The
+    username itself is not told: people type passwords there.
+    """
+
+    user_id: int | None
+    address: str
+    counter: str
+    occurred_at: str
+
+
+class TokenRevoked(msgspec.Struct, frozen=True, kw_only=True):
+    """A record of the compacted topic. It concerns access tokens whose `sid` is `session_id`, or whose `sub` is
+    `user_id` and whose `epoch` is below `epoch`: exact, whatever the clocks say. None of them lives after `until`.
+    """
+
+    user_id: int
+    session_id: str | None
+    epoch: int | None
+    reason: str
+    until: str

@@ -58,7 +58,7 @@ class PasswordCheck:
 
         async def admit() -> Admission:
             nonlocal attempt
-            answer = await self._throttle.reserve(address, account)
+            answer = await self._throttle.reserve(address, account, user.id if user else 0)
             if isinstance(answer, Locked):
                 raise LoginLocked(answer.retry_after_s)
             if isinstance(answer, Reserved):
@@ -80,5 +80,6 @@ class PasswordCheck:
         if renewed is None or stored is None:
             return user
         with suppress(Unavailable):  # the next login renews it
-            await self._users.set_password_hash(user.id, stored, renewed)
-        return msgspec.structs.replace(user, password_hash=renewed)
+            if await self._users.set_password_hash(user.id, stored, renewed):
+                return msgspec.structs.replace(user, password_hash=renewed)
+        return user

@@ -5,8 +5,7 @@ a higher number than that answers `behind`. Then the missing rows are applied he
 request that hangs up stops nothing, it only waits.
 """
 
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 
 import anyio
 import structlog
@@ -15,7 +14,6 @@ from anyio.abc import TaskStatus
 from authd.config import BUCKETS
 from authd.errors import Unavailable
 from authd.postgres.revocations import Revocation, Revocations
-from authd.redis.client import bucket_of_user
 from authd.redis.sessions import SessionStore
 
 #: Tasks that apply rows, and tasks that write endings: the latter wait for Postgres, the former for either.
@@ -66,15 +64,35 @@ class _Ending(_Job):
 class RevocationFeed:
     """What this replica knows of the log, and the tasks that keep Redis up with it."""
 
-    def __init__(self, log: Revocations, store: SessionStore, keep: timedelta) -> None:
+    def __init__(
+        self, log: Revocations, store: SessionStore, on_outbox: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """`on_outbox` is called with each lane that got rows together with a row of the log."""
+        self._on_outbox = on_outbox
         self._revocations = log
         self._store = store
-        self._keep = keep
         self._heads: dict[int, int] = {}
+        # The servers of Redis for which the heads are known.
+        self._generation = -1
+        self._learning = anyio.Lock()
         self._applied: dict[int, int] = {}
         self._catching: dict[int, _CatchUp] = {}
         self._catch_ups = anyio.create_memory_object_stream[_CatchUp](BUCKETS)  # at most one for each bucket
         self._endings = anyio.create_memory_object_stream[_Ending](ENDINGS_MAX)
+
+    async def current(self) -> int:
+        """The present generation of Redis's servers, when the heads have been read since it began. A server that took
+        over from another may have less than that one had applied, and this replica may not have heard of it yet.
+
+        :raises Unavailable: when they cannot be read now.
+        """
+        while self._generation != self._store.generation:
+            async with self._learning:
+                generation = self._store.generation
+                if self._generation != generation:
+                    self._learn_all(await self._revocations.heads())
+                    self._generation = generation
+        return self._generation
 
     def head(self, bucket: int) -> int:
         """The highest number this replica knows of the bucket."""
@@ -97,6 +115,7 @@ class RevocationFeed:
         :raises Unavailable: when that does not succeed now; the row stands and is applied before the bucket is served.
         """
         self.learn(bucket, number)
+        self._on_outbox(bucket)
         for _ in range(ROUNDS_MAX):
             if self._applied.get(bucket, -1) >= number:
                 return
@@ -151,13 +170,10 @@ class RevocationFeed:
             await self._write(job)
 
     async def _write(self, job: _Ending) -> None:
-        bucket = bucket_of_user(job.user_id)
         delay_s = 0.1
         while True:
             try:
-                row = await self._revocations.add_sessions(
-                    bucket, job.user_id, [job.session_id], job.reason, self._keep
-                )
+                row = await self._revocations.record_sessions(job.user_id, [job.session_id], job.reason)
                 break
             except Unavailable:
                 _log.warning("revocation_not_logged", user_id=job.user_id, reason=job.reason, retry_in_s=delay_s)
@@ -165,7 +181,9 @@ class RevocationFeed:
                 delay_s = min(2 * delay_s, RETRY_MAX_S)
         job.finish(failed=False)
         # The tombstone holds already; this only moves the bucket's mark, so that no script has to wait for it.
-        await self._run_catch_up(_CatchUp(row.bucket))
+        if row is not None:
+            self._on_outbox(row.bucket)
+            await self._run_catch_up(_CatchUp(row.bucket))
 
     async def _run_catch_up(self, job: _CatchUp) -> None:
         try:
@@ -213,6 +231,8 @@ class RevocationFeed:
         while True:
             await anyio.sleep(JANITOR_INTERVAL_S)
             try:
+                while await self._revocations.announce_over():
+                    pass
                 while await self._revocations.delete_expired():
                     pass
             except Unavailable:

@@ -11,7 +11,6 @@ import socket
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,7 @@ from hypercorn.config import Config
 from authd.accounts import Accounts
 from authd.clients import ClientRegistry, TokenDesk
 from authd.config import Settings
-from authd.delivery import FLUSH_S, Publisher
+from authd.delivery import FLUSH_S, OutboxWatch, Publisher
 from authd.errors import Unavailable
 from authd.hasher import Hasher
 from authd.health import Health
@@ -36,19 +35,13 @@ from authd.kafka.producer import Producer
 from authd.keys import KeyKeeper, SealedByAnotherSecret
 from authd.login import PasswordCheck
 from authd.observe.logs import flush_logs
-from authd.postgres.clients import Clients
 from authd.postgres.database import Database, open_database
-from authd.postgres.keys import Keys
 from authd.postgres.migrate import MIGRATION_ERRORS, NOT_READY, migrate
-from authd.postgres.outbox import Outbox
-from authd.postgres.revocations import Revocations
-from authd.postgres.users import Users
 from authd.redis.client import RedisClient, open_redis
-from authd.redis.sessions import SessionStore
-from authd.redis.throttle import Throttle
-from authd.redis.users import UserCache
+from authd.relay import EventRelay
 from authd.revocations import RevocationFeed
 from authd.sessions import Sessions
+from authd.stores import PostgresStores, RedisStores
 from authd.tokens import TokenMint
 
 LISTEN_BACKLOG = 1024
@@ -84,44 +77,54 @@ async def _serve(
     stop: anyio.Event,
     on_ready: Callable[[], None] | None,
 ) -> None:
-    keeper = KeyKeeper(settings, Keys(database))
+    remembered, decided = PostgresStores(settings, database), RedisStores(settings, redis)
+    keeper = KeyKeeper(settings, remembered.keys)
     ring = await keeper.load()
     mint = TokenMint(settings, ring)
-    users = Users(database)
-    revocations = Revocations(database)
-    store = SessionStore(redis, settings)
-    feed = RevocationFeed(revocations, store, timedelta(seconds=settings.session_ttl_s))
-    producer = Producer(settings) if settings.kafka_bootstrap_servers else None
-    publisher = Publisher(settings, Outbox(database), producer) if producer is not None else None
     hasher = Hasher(settings)
+    producer = Producer(settings) if settings.kafka_bootstrap_servers else None
+    publisher = Publisher(settings, remembered.outbox, producer) if producer is not None else None
+    outbox = OutboxWatch(settings, remembered.outbox)
+
+    def offer_lane(lane: int) -> None:
+        if publisher is not None:
+            publisher.offer(lane)
+
+    feed = RevocationFeed(remembered.revocations, decided.sessions, offer_lane)
+    relay = EventRelay(decided.streams, remembered.relay, remembered.events, feed, offer_lane)
+    passwords = PasswordCheck(settings, remembered.users, decided.throttle, hasher)
     sessions = Sessions(
-        settings,
         mint,
-        users,
-        revocations,
-        store,
-        UserCache(redis, settings),
-        PasswordCheck(settings, users, Throttle(redis, settings), hasher),
+        remembered.users,
+        remembered.revocations,
+        decided.sessions,
+        decided.user_cache,
+        passwords,
         feed,
+        relay.offer,
     )
     health = Health(
-        {"user_store": revocations.heads, "session_store": redis.ping},
-        events=lambda: producer is not None and producer.connected,
+        {"user_store": database.ping, "session_store": redis.ping},
+        events=lambda: producer is not None and producer.connected and not outbox.is_late,
+        oldest_s=lambda: outbox.oldest_s,
     )
+    accounts = Accounts(remembered.users, hasher, offer_lane)
     app = App(
         settings,
         [
-            make_credentials(settings, Accounts(users, hasher, publisher), sessions),
-            make_oauth(settings, ClientRegistry(Clients(database)), TokenDesk(mint, sessions)),
+            make_credentials(settings, accounts, sessions),
+            make_oauth(settings, ClientRegistry(remembered.clients), TokenDesk(mint, sessions)),
             make_operations(settings, health, ring),
         ],
     )
     async with AsyncExitStack() as tree:
         await tree.enter_async_context(running(partial(keeper.follow, ring)))
         await tree.enter_async_context(running(feed.run))
+        await tree.enter_async_context(running(outbox.run))
         if producer is not None and publisher is not None:
             await tree.enter_async_context(running(producer.run))
             await tree.enter_async_context(running(publisher.run, last=publisher.drain))
+        await tree.enter_async_context(running(relay.run, last=relay.drain))
         await tree.enter_async_context(running(health.run))
         await tree.enter_async_context(running(hasher.run))
         await tree.enter_async_context(_serving(app, listener, settings, health))
@@ -164,8 +167,10 @@ async def _serving(app: App, listener: socket.socket, settings: Settings, health
         await group.start(serve)
         try:
             yield
+            health.is_draining = app.is_draining = True
+            # The balancer sees /readyz and sends nobody else; who comes meanwhile is answered, and told to leave.
+            await anyio.sleep(settings.unready_s)
         finally:
-            health.is_draining = True
             trigger.set()
         with anyio.move_on_after(settings.drain_s):
             await served.wait()
@@ -194,7 +199,7 @@ async def _watch_signals(signals: AsyncIterator[signal.Signals], stop: anyio.Eve
         stop.set()
         # A client that does not read its answer can hold Hypercorn beyond every deadline it has.
         last_resort = threading.Timer(
-            settings.drain_s + FLUSH_S + settings.kafka_timeout_s + LAST_RESORT_S, _exit, (1,)
+            settings.unready_s + settings.drain_s + FLUSH_S + settings.kafka_timeout_s + LAST_RESORT_S, _exit, (1,)
         )
         last_resort.daemon = True
         last_resort.start()

@@ -6,7 +6,6 @@ answers `Behind`, the missing rows are applied first and the script is asked aga
 
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -15,7 +14,7 @@ import msgspec
 import structlog
 
 from authd.accounts import Profile, profile_of
-from authd.config import Settings
+from authd.announcements import iso
 from authd.errors import (
     InvalidAccessToken,
     InvalidCredentials,
@@ -45,8 +44,8 @@ from authd.tokens import (
     encode_base64url,
 )
 
-#: Times a script is asked again after the log was applied, the user read again, or the session found after all.
-ROUNDS_MAX = 4
+#: Times a script is asked again: after the log was applied or read, the user read again, or the session found.
+ROUNDS_MAX = 8
 #: How long an answer waits for Postgres to hold what Redis has decided already; the tombstone in Redis holds anyway.
 RECORD_WAIT_S = 2.0
 
@@ -83,7 +82,6 @@ class SessionView(msgspec.Struct, frozen=True, kw_only=True):
 class Sessions:
     def __init__(
         self,
-        settings: Settings,
         mint: TokenMint,
         users: Users,
         revocations: Revocations,
@@ -91,7 +89,9 @@ class Sessions:
         cache: UserCache,
         passwords: PasswordCheck,
         feed: RevocationFeed,
+        on_event: Callable[[int], None],
     ) -> None:
+        """`on_event` is called with each bucket in which a script recorded an event."""
         self._mint = mint
         self._users = users
         self._revocations = revocations
@@ -99,7 +99,7 @@ class Sessions:
         self._cache = cache
         self._passwords = passwords
         self._feed = feed
-        self._keep = timedelta(seconds=settings.session_ttl_s)
+        self._on_event = on_event
 
     async def login(self, username: str, password: str, client: Client) -> TokenPair:
         """Open a session for whoever knows the password.
@@ -181,7 +181,7 @@ class Sessions:
         """
         claims, _ = await self.authenticate(access_token)
         if scope == "all":
-            row = await self._users.end_all_sessions(claims.user_id, "logout", self._keep)
+            row = await self._users.end_all_sessions(claims.user_id, "logout")
             if row is None:
                 raise InvalidAccessToken
             await self._feed.applied(row.bucket, row.number)
@@ -194,7 +194,7 @@ class Sessions:
 
     async def end_logged(self, user_id: int, session_ids: Sequence[bytes], reason: str) -> None:
         """End sessions: first in the log, then in Redis."""
-        row = await self._revocations.add_sessions(bucket_of_user(user_id), user_id, session_ids, reason, self._keep)
+        row = await self._revocations.end_sessions(user_id, session_ids, reason)
         await self._feed.applied(row.bucket, row.number)
 
     async def end_of_token(self, token: RefreshToken, reason: str) -> None:
@@ -235,6 +235,7 @@ class Sessions:
             open_session = partial(self._store.open, user.id, user.epoch, session_id, self._mint.mac_key_id(), client)
             answer = await self._ask(bucket, open_session)
             if isinstance(answer, Opened):
+                self._on_event(bucket)
                 await self._record(user.id, answer.evicted, "evicted")
                 return self._pair(user.id, answer.session)
             if answer.status == "refused":
@@ -261,6 +262,7 @@ class Sessions:
         answer = await self._ask(bucket, partial(self._store.rebuild, token, key_id, client))
         if isinstance(answer, Opened):
             _log.info("session_rebuilt", user_id=user.id)
+            self._on_event(bucket)
             await self._record(user.id, answer.evicted, "evicted")
         return answer
 
@@ -268,6 +270,7 @@ class Sessions:
         if denied.status == "refused":
             return SessionLimit()
         if denied.status in ("reused", "evicted"):
+            self._on_event(bucket_of_user(token.user_id))
             await self._record(token.user_id, [token.session_id], denied.status)
         if denied.status in ("ended", "stale"):
             return (
@@ -287,10 +290,16 @@ class Sessions:
     async def _ask(self, bucket: int, ask: Callable[[int], Awaitable[Answer]]) -> Answer:
         """Ask a script with the highest revocation number that this replica knows."""
         for _ in range(ROUNDS_MAX):
+            generation = await self._feed.current()
             try:
-                return await ask(self._feed.head(bucket))
+                answer = await ask(self._feed.head(bucket))
             except Behind as behind:
                 await self._feed.catch_up(bucket, behind.applied)
+                continue
+            if generation == self._store.generation:
+                return answer
+            # Another server has answered, which may lack rows that are not known here: read them and ask again. A
+            # script that runs twice changes nothing the second time.
         raise Unavailable("session_store")
 
     def _pair(self, user_id: int, session: LiveSession) -> TokenPair:
@@ -305,7 +314,9 @@ class Sessions:
             session.expires_ms,
         )
         return TokenPair(
-            access_token=self._mint.make_access(user_id, session.id, encode_base64url(secrets.token_bytes(16))),
+            access_token=self._mint.make_access(
+                user_id, session.id, session.epoch, encode_base64url(secrets.token_bytes(16))
+            ),
             refresh_token=self._mint.make_refresh(token),
             expires_in=self._mint.access_ttl_s,
         )
@@ -314,17 +325,13 @@ class Sessions:
 def _view(session: LiveSession, current: bytes) -> SessionView:
     return SessionView(
         id=encode_base64url(session.id),
-        created_at=_iso(session.created_ms),
-        last_used_at=_iso(session.issued_ms),
-        expires_at=_iso(session.expires_ms),
+        created_at=iso(session.created_ms),
+        last_used_at=iso(session.issued_ms),
+        expires_at=iso(session.expires_ms),
         address=session.client.address,
         user_agent=session.client.user_agent,
         current=session.id == current,
     )
-
-
-def _iso(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")
 
 
 _ENDED: dict[str, RefreshRefusalCode] = {"evicted": "session_evicted", "reused": "refresh_token_reused"}

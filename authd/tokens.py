@@ -140,14 +140,17 @@ class TokenMint:
         """The key that refresh tokens are made with now."""
         return self._ring.mac_key(self._clock()).id
 
-    def make_access(self, user_id: int, session_id: bytes, token_id: str) -> str:
-        """A signed access token. `token_id` becomes `jti`."""
+    def make_access(self, user_id: int, session_id: bytes, epoch: int, token_id: str) -> str:
+        """A signed access token. `token_id` becomes `jti`; `epoch` lets a service that never asks authd tell tokens of
+        before an ending of all sessions from those of after it.
+        """
         now = self._clock()
         key = self._ring.signing_key(self._algorithm, now)
         claims: dict[str, Any] = {
             "iss": self._issuer,
             "sub": str(user_id),
             "sid": encode_base64url(session_id),
+            "epoch": epoch,
             "jti": token_id,
             "iat": int(now),
             "exp": int(now) + self.access_ttl_s,

@@ -39,6 +39,7 @@ class App(Quart):
     def __init__(self, settings: Settings, blueprints: Sequence[Blueprint]) -> None:
         super().__init__("authd", static_folder=None, template_folder=None)
         self.inflight: set[anyio.CancelScope] = set()
+        self.is_draining = False
         self._timeout_s = settings.request_timeout_s
         self.config["MAX_CONTENT_LENGTH"] = settings.body_max_bytes
         self.config["BODY_TIMEOUT"] = settings.request_timeout_s
@@ -73,6 +74,8 @@ class App(Quart):
                 response.headers["Connection"] = "close"
             response.headers["X-Request-ID"] = request_id
             response.headers.update(SECURITY_HEADERS)
+            if self.is_draining and request.http_version.startswith("1"):
+                response.headers["Connection"] = "close"
             return response
         finally:
             _record(request, response, time.perf_counter() - started)

@@ -199,7 +199,7 @@ class _BatchRefused(Exception):
 class _Record(msgspec.Struct, frozen=True):
     topic: str
     key: bytes
-    value: bytes
+    value: bytes | None
     headers: list[tuple[str, bytes]]
 
 

@@ -8,6 +8,7 @@ import anyio
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
+from authd.breaker import Breaker
 from authd.config import Settings
 from authd.errors import Unavailable
 
@@ -37,25 +38,37 @@ class Database:
     def __init__(self, pool: asyncpg.Pool, timeout_s: float) -> None:
         self._pool = pool
         self._timeout_s = timeout_s
+        self._breaker = Breaker(lambda: Unavailable("user_store"))
 
     async def fetch(self, query: str, *arguments: Any) -> list[asyncpg.Record]:
-        with _meaning_of_errors(), anyio.fail_after(self._timeout_s):
+        with self._guard(), anyio.fail_after(self._timeout_s):
             async with self._pool.acquire() as connection:
                 return await connection.fetch(query, *arguments)
 
     async def fetch_row(self, query: str, *arguments: Any) -> asyncpg.Record | None:
-        with _meaning_of_errors(), anyio.fail_after(self._timeout_s):
+        with self._guard(), anyio.fail_after(self._timeout_s):
             async with self._pool.acquire() as connection:
                 return await connection.fetchrow(query, *arguments)
+
+    async def ping(self) -> None:
+        await self.fetch_row("SELECT")
 
     @asynccontextmanager
     async def transaction(self, timeout_s: float | None = None) -> AsyncGenerator[Connection, None]:
         """A transaction whose every step, the commit too, is under one deadline."""
         # The deadline stands around both acquire and query: asyncpg's own timeouts wait for a frozen server's answer
         # to their cancel request.
-        with _meaning_of_errors(), anyio.fail_after(timeout_s or self._timeout_s):
+        with self._guard(), anyio.fail_after(timeout_s or self._timeout_s):
             async with self._pool.acquire() as connection, connection.transaction():
                 yield connection
+
+    @contextmanager
+    def _guard(self) -> Generator[None, None, None]:
+        try:
+            with self._breaker.call(_AWAY):
+                yield
+        except _AWAY as error:
+            raise Unavailable("user_store") from error
 
 
 @asynccontextmanager
@@ -79,11 +92,3 @@ async def open_database(settings: Settings) -> AsyncGenerator[Database, None]:
             await pool.close()
         if closing.cancelled_caught:
             pool.terminate()
-
-
-@contextmanager
-def _meaning_of_errors() -> Generator[None, None, None]:
-    try:
-        yield
-    except _AWAY as error:
-        raise Unavailable("user_store") from error

@@ -1,16 +1,15 @@
 """The users, and the endings of sessions that a change of the user brings."""
 
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Literal
 
 import msgspec
 
-from authd.config import BUCKETS
-from authd.events import user_registered
-from authd.postgres.database import Connection, Database
-from authd.postgres.outbox import add_event
+from authd.announcements import EventFactory
+from authd.postgres.database import Database
+from authd.postgres.outbox import add_events
 from authd.postgres.queries import load_queries
-from authd.postgres.revocations import Revoked, add_revocation
+from authd.postgres.revocations import RevocationWriter, Revoked
 
 _QUERIES = load_queries("users.sql")
 
@@ -42,8 +41,10 @@ class NewUser(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Users:
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, writer: RevocationWriter, events: EventFactory) -> None:
         self._database = database
+        self._writer = writer
+        self._events = events
 
     async def insert(self, username: str, username_key: str, full_name: str, password_hash: str) -> NewUser | None:
         """Add the user and its `user.registered` event in one transaction; None where the username is taken."""
@@ -52,7 +53,7 @@ class Users:
             if row is None:
                 return None
             user = NewUser(id=row["id"], username=username, full_name=full_name, created_at=row["created_at"])
-            await add_event(connection, user_registered(user.id, username, full_name, user.created_at))
+            await add_events(connection, self._events.user_registered(user.id, username, full_name, user.created_at))
         return user
 
     async def find_by_username_key(self, username_key: str) -> User | None:
@@ -72,27 +73,23 @@ class Users:
         ended = fields.pop("ended")
         return User(**fields), ended
 
-    async def set_password_hash(self, user_id: int, old: str, new: str) -> None:
-        """Renew the hash of the same password; nothing where the password was changed meanwhile."""
-        await self._database.fetch(_QUERIES["set_password_hash"], user_id, old, new)
+    async def set_password_hash(self, user_id: int, old: str, new: str) -> bool:
+        """Renew the hash of the same password; False where another renewed or changed it meanwhile."""
+        return await self._database.fetch_row(_QUERIES["set_password_hash"], user_id, old, new) is not None
 
-    async def end_all_sessions(self, user_id: int, reason: str, keep: timedelta) -> Revoked | None:
-        """Raise the user's epoch and log it; None where the user is gone. `keep`: the longest life of a session."""
+    async def end_all_sessions(self, user_id: int, reason: str) -> Revoked | None:
+        """Raise the user's epoch and log it; None where the user is gone."""
         async with self._database.transaction() as connection:
             row = await connection.fetchrow(_QUERIES["raise_epoch"], user_id)
-            return None if row is None else await _log(connection, user_id, row["epoch"], reason, keep)
+            return None if row is None else await self._writer.end_all(connection, user_id, row["epoch"], reason)
 
-    async def set_disabled(
-        self, username_key: str, reason: Literal["user_disabled", "user_enabled"], keep: timedelta
-    ) -> Revoked | None:
+    async def set_disabled(self, username_key: str, *, disabled: bool) -> Revoked | None:
         """Disable or enable, and end all sessions; None where no such user, or nothing changed."""
-        query = _QUERIES["disable_user" if reason == "user_disabled" else "enable_user"]
+        query = _QUERIES["disable_user" if disabled else "enable_user"]
         async with self._database.transaction() as connection:
             row = await connection.fetchrow(query, username_key)
-            return None if row is None else await _log(connection, row["id"], row["epoch"], reason, keep)
-
-
-async def _log(connection: Connection, user_id: int, epoch: int, reason: str, keep: timedelta) -> Revoked:
-    return await add_revocation(
-        connection, bucket=user_id % BUCKETS, user_id=user_id, session_id=None, epoch=epoch, reason=reason, keep=keep
-    )
+            if row is None:
+                return None
+            kind: Literal["user.disabled", "user.enabled"] = "user.disabled" if disabled else "user.enabled"
+            await add_events(connection, self._events.user_changed(kind, row["id"]))
+            return await self._writer.end_all(connection, row["id"], row["epoch"], kind.replace(".", "_"))

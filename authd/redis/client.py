@@ -5,9 +5,10 @@ frozen Redis runs abandoned commands when it wakes, and no state may change that
 """
 
 import re
+import secrets
 import time
-from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -17,11 +18,12 @@ from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool, SentinelManagedConnection
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
-from redis.exceptions import RedisClusterException, RedisError
+from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
+from authd.breaker import Breaker
 from authd.config import BUCKETS, ConfigError, Settings
 from authd.errors import Unavailable
 
@@ -31,21 +33,56 @@ RETRIES = 1
 #: Connections for what redis-py asks on its own, such as the slots of a cluster.
 SPARE_CONNECTIONS = 8
 
+#: Errors that say "not now". While a cluster is down, redis-py closes connections under the tasks that use them, which
+#: break in any way.
+_AWAY = (RedisError, RedisClusterException, OSError, TimeoutError, RuntimeError, AttributeError)
+
+_RUN_ID = re.compile(rb"run_id:([0-9a-f]+)")
 _INCLUDE = re.compile(r"^-- include: (\w+)$", re.MULTILINE)
+
+
+class Servers:
+    """Notices that a connection leads to another server than before, or to one that was started again: what Redis had
+    decided may be lost, and whoever follows the revocation log has to look at it again.
+    """
+
+    def __init__(self) -> None:
+        self._run_ids: dict[object, str] = {}
+        self.generation = 0
+
+    async def on_connect(self, connection: Any) -> None:
+        await connection.on_connect()
+        run_id = secrets.token_hex(8)  # one that nobody had: where it is not told, every connection counts as new
+        with suppress(ResponseError):
+            await connection.send_command("INFO", "server")
+            found = _RUN_ID.search(bytes(await connection.read_response(disable_decoding=True)))
+            run_id = found[1].decode() if found else run_id
+        # Behind Sentinel all servers are one, for only the master is used; in a cluster each address has its slots.
+        place = "" if isinstance(connection, SentinelManagedConnection) else (connection.host, connection.port)
+        if self._run_ids.get(place) != run_id:
+            self._run_ids[place] = run_id
+            self.generation += 1
 
 
 class RedisClient:
     """Runs scripts. Every method raises `Unavailable("session_store")` within `redis_timeout_s` when it cannot."""
 
-    def __init__(self, client: Redis | RedisCluster, settings: Settings) -> None:
+    def __init__(self, client: Redis | RedisCluster, servers: Servers, settings: Settings) -> None:
         self._client = client
+        self._servers = servers
         self._timeout_s = settings.redis_timeout_s
         # The pools of a cluster and of Sentinel do not wait for a free connection, they raise.
         self._turns = anyio.Semaphore(settings.redis_pool_per_worker, fast_acquire=True)
+        self._breakers: dict[str, Breaker] = {}
         self._prefix = f"authd:{settings.deployment}:"
         # What Redis's clock reads at monotonic zero, in ms, as last heard from each bucket's node. The reply has
         # travelled since, so it is never ahead, and a deadline made from it is never late.
         self._clock_ms: dict[int, int] = {}
+
+    @property
+    def generation(self) -> int:
+        """Raised whenever a server may have lost what it had decided."""
+        return self._servers.generation
 
     def key(self, bucket: int, name: str) -> str:
         """A key in the bucket's slot."""
@@ -57,7 +94,7 @@ class RedisClient:
 
     async def read(self, script: AsyncScript, keys: Sequence[str], *arguments: Any) -> Any:
         """Run a script that may also run late or twice, since that does no harm."""
-        async with self._turn():
+        async with self._turn(keys[0]):
             return await script(keys, arguments)
 
     async def decide(self, script: AsyncScript, bucket: int, keys: Sequence[str], *arguments: Any) -> list[Any]:
@@ -65,7 +102,7 @@ class RedisClient:
         and Redis's time. The caller never sees the status `late`.
         """
         deadline_ms = int((time.monotonic() + self._timeout_s) * 1000)
-        async with self._turn():
+        async with self._turn(keys[0]):
             # The first call on a bucket, and the first after its clock jumped ahead, comes late and learns the clock.
             for _ in range(2):
                 clock_ms = self._clock_ms.get(bucket, -deadline_ms)
@@ -75,15 +112,38 @@ class RedisClient:
                     return reply
         raise Unavailable("session_store")
 
+    async def command(self, name: str, key: str, *arguments: Any) -> Any:
+        """Run one command on one key."""
+        async with self._turn(key):
+            return await self._client.execute_command(name, key, *arguments)
+
+    async def commands(self, name: str, keys: Sequence[str]) -> list[Any]:
+        """Run one command on each key, in one pipeline for each node."""
+        async with self._turn(keys[0]):
+            pipeline = self._client.pipeline(transaction=False)
+            for key in keys:
+                pipeline.execute_command(name, key)
+            return list(await pipeline.execute())
+
     async def ping(self) -> None:
-        async with self._turn():
+        async with self._turn(self.key(0, "")):
             await self._client.ping()
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncGenerator[None, None]:
-        with _meaning_of_errors(), anyio.fail_after(self._timeout_s):
-            async with self._turns:
-                yield
+    async def _turn(self, key: str) -> AsyncGenerator[None, None]:
+        try:
+            with self._breaker(key).call(_AWAY), anyio.fail_after(self._timeout_s):
+                async with self._turns:
+                    yield
+        except _AWAY as error:
+            raise Unavailable("session_store") from error
+
+    def _breaker(self, key: str) -> Breaker:
+        # In a cluster a bucket stands for the node that holds it: one that is away must not cost the others' users.
+        part = key.partition("}")[0] if isinstance(self._client, RedisCluster) else ""
+        if part not in self._breakers:
+            self._breakers[part] = Breaker(lambda: Unavailable("session_store"))
+        return self._breakers[part]
 
 
 def load_script(name: str) -> str:
@@ -100,9 +160,10 @@ def bucket_of_user(user_id: int) -> int:
 @asynccontextmanager
 async def open_redis(settings: Settings) -> AsyncGenerator[RedisClient, None]:
     """A client that connects when first used: authd starts, and says so, while Redis is away."""
-    client = _make_client(settings)
+    servers = Servers()
+    client = _make_client(settings, servers)
     try:
-        yield RedisClient(client, settings)
+        yield RedisClient(client, servers, settings)
     finally:
         with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
             await client.aclose()
@@ -110,7 +171,7 @@ async def open_redis(settings: Settings) -> AsyncGenerator[RedisClient, None]:
                 await client.connection_pool.sentinel_manager.aclose()
 
 
-def _make_client(settings: Settings) -> Redis | RedisCluster:
+def _make_client(settings: Settings, servers: Servers) -> Redis | RedisCluster:
     """`redis://host:port/db` (`rediss://` for TLS), `redis://a:1,b:2,c:3` for a cluster, and
     `redis+sentinel://a:1,b:2/service` (`rediss+sentinel://`) for Sentinel.
     """
@@ -128,12 +189,17 @@ def _make_client(settings: Settings) -> Redis | RedisCluster:
     }
     if url.scheme.endswith("+sentinel"):
         plain = urlunsplit((url.scheme.split("+")[0], prefix + nodes[0], "", url.query, ""))
+        limits["redis_connect_func"] = servers.on_connect
         return _make_sentinel_client(plain, nodes, url.path.strip("/") or "mymaster", limits)
     if len(nodes) > 1:
         seeds = [ClusterNode(*_host_and_port(node, 6379)) for node in nodes]
         first = urlunsplit((url.scheme, prefix + nodes[0], url.path, url.query, ""))
         # A slot that moved is learned alone. By default, every fifth closes all connections, in use or not.
-        return RedisCluster.from_url(first, startup_nodes=seeds, reinitialize_steps=0, **limits)
+        cluster = RedisCluster.from_url(first, startup_nodes=seeds, reinitialize_steps=0, **limits)
+        for kwargs in (cluster.nodes_manager.connection_kwargs, *(seed.connection_kwargs for seed in seeds)):
+            kwargs["redis_connect_func"] = servers.on_connect
+        return cluster
+    limits["redis_connect_func"] = servers.on_connect
     pool = BlockingConnectionPool.from_url(settings.redis_url.reveal(), timeout=settings.redis_timeout_s, **limits)
     return Redis.from_pool(pool)
 
@@ -156,12 +222,3 @@ def _make_sentinel_client(url: str, nodes: Sequence[str], service: str, limits: 
 def _host_and_port(node: str, default_port: int) -> tuple[str, int]:
     parts = urlsplit(f"//{node}")
     return parts.hostname or "127.0.0.1", parts.port or default_port
-
-
-@contextmanager
-def _meaning_of_errors() -> Generator[None, None, None]:
-    try:
-        yield
-    # While a cluster is down, redis-py closes connections under the tasks that use them, which break in any way.
-    except (RedisError, RedisClusterException, OSError, TimeoutError, RuntimeError, AttributeError) as error:
-        raise Unavailable("session_store") from error

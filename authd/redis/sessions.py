@@ -11,6 +11,7 @@ import msgspec
 from authd.config import Settings
 from authd.observe import metrics
 from authd.redis.client import RedisClient, bucket_of_user
+from authd.redis.events import event_stream
 from authd.tokens import RefreshToken
 
 USER_AGENT_BYTES_MAX = 64
@@ -103,6 +104,8 @@ class SessionStore:
         self._grace_ms = settings.refresh_grace_s * 1000
         self._cap = settings.max_active_sessions
         self._refuse = int(settings.session_policy == "refuse")
+        # Without a broker nobody is told, and the relay would only throw the events away.
+        self._stream_max = settings.stream_max if settings.kafka_bootstrap_servers else 0
         self._open = client.script("session_open")
         self._rotate = client.script("session_rotate")
         self._inspect = client.script("session_inspect")
@@ -110,6 +113,11 @@ class SessionStore:
         self._apply = client.script("session_apply")
         self._skip = client.script("session_skip")
         self._bury = client.script("session_bury")
+
+    @property
+    def generation(self) -> int:
+        """Raised whenever a server may have lost what it had decided."""
+        return self._client.generation
 
     async def open(
         self, user_id: int, epoch: int, session_id: bytes, key_id: int, client: Client, revocation: int
@@ -145,7 +153,7 @@ class SessionStore:
         reply = await self._client.decide(
             self._rotate,
             bucket,
-            self._keys(token.user_id)[:2],
+            self._keys_with_stream(token.user_id),
             revocation,
             token.session_id,
             token.epoch,
@@ -157,6 +165,7 @@ class SessionStore:
             self._session_ttl_ms,
             _pack_client(client),
             token.expires_ms,
+            token.user_id,
         )
         status = _count(reply)
         if status in ("rotated", "repeated"):
@@ -233,7 +242,7 @@ class SessionStore:
         reply = await self._client.decide(
             self._open,
             bucket_of_user(user_id),
-            self._keys(user_id)[:2],
+            self._keys_with_stream(user_id),
             revocation,
             session_id,
             epoch,
@@ -246,16 +255,22 @@ class SessionStore:
             self._refuse,
             TOMBSTONE_TTL_MS,
             _pack_client(client),
+            user_id,
+            self._stream_max,
         )
         status = _count(reply)
         if status == "opened":
-            metrics.sessions.labels("evicted").inc(len(reply) - 3)
-            return Opened(_unpack(session_id, reply[2]), [bytes(evicted) for evicted in reply[3:]])
+            metrics.sessions.labels("evicted").inc(len(reply) - 4)
+            metrics.events_dropped.labels("session.opened").inc(int(reply[3]))
+            return Opened(_unpack(session_id, reply[2]), [bytes(evicted) for evicted in reply[4:]])
         return _denied(status, reply)
 
     def _keys(self, user_id: int) -> list[str]:
         key, bucket = self._client.key, bucket_of_user(user_id)
         return [key(bucket, f"user:{user_id}"), key(bucket, "applied"), key(bucket, f"profile:{user_id}")]
+
+    def _keys_with_stream(self, user_id: int) -> list[str]:
+        return [*self._keys(user_id)[:2], event_stream(self._client, bucket_of_user(user_id))]
 
 
 def shorten_user_agent(text: str) -> str:
@@ -277,6 +292,12 @@ def _denied(status: str, reply: list[Any]) -> Denied:
     return msgspec.convert({"status": status, "reason": reason}, Denied)
 
 
+def unpack_client(packed: bytes) -> Client:
+    """What `_pack_client` packed: the address's length, the address, the user agent."""
+    end = 1 + packed[0]
+    return Client(str(ip_address(packed[1:end])), packed[end:].decode("utf-8", "replace"))
+
+
 def _pack_client(client: Client) -> bytes:
     address = ip_address(client.address).packed
     return bytes([len(address)]) + address + client.user_agent.encode()
@@ -286,8 +307,6 @@ def _unpack(session_id: bytes, value: bytes) -> LiveSession:
     def number(start: int, end: int) -> int:
         return int.from_bytes(value[start:end])
 
-    address_end = _HEADER_BYTES + 1 + value[_HEADER_BYTES]
-    address = ip_address(value[_HEADER_BYTES + 1 : address_end])
     return LiveSession(
         id=session_id,
         key_id=number(1, 5),
@@ -296,5 +315,5 @@ def _unpack(session_id: bytes, value: bytes) -> LiveSession:
         created_ms=number(15, 21),
         issued_ms=number(21, 27),
         expires_ms=number(27, 33),
-        client=Client(str(address), value[address_end:].decode("utf-8", "replace")),
+        client=unpack_client(value[_HEADER_BYTES:]),
     )

@@ -12,7 +12,7 @@ from enum import Enum
 from functools import partial
 from hashlib import blake2b
 from ipaddress import IPv6Address, IPv6Network, ip_address
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import anyio
 
@@ -20,6 +20,7 @@ from authd.config import BUCKETS, Settings
 from authd.errors import Unavailable
 from authd.observe import metrics
 from authd.redis.client import RedisClient
+from authd.redis.events import event_stream
 
 #: A replica that dies gives its reservations back after this. It must exceed the longest hash: cost 18 takes 15 s
 #: (measured: 0.24 s at cost 12), twice that with a rehash.
@@ -55,6 +56,9 @@ class Reserved:
 
     id: str
     counters: tuple[_Counter, ...]
+    #: For the event of a lock. 0: no user has the account's name.
+    user_id: int
+    address: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,8 @@ class Throttle:
             "address": settings.address_max_failures,
         }
         self._lockout_ms = settings.lockout_s * 1000
+        # Without a broker nobody is told.
+        self._stream_max = settings.stream_max if settings.kafka_bootstrap_servers else 0
         self._reservation_ttl_ms = int(reservation_ttl_s * 1000)
         self._new_id = new_id
         self._peek = client.script("throttle_peek")
@@ -99,9 +105,9 @@ class Throttle:
         left_ms = await _all([partial(self._client.read, self._peek, [c.key], c.limit) for c in counters])
         return _seconds(max(_values(left_ms))) or None
 
-    async def reserve(self, address: str, account: str) -> Reserved | Locked | Wait:
+    async def reserve(self, address: str, account: str, user_id: int = 0) -> Reserved | Locked | Wait:
         """Reserve one attempt in all three counters, or in none."""
-        attempt = Reserved(self._new_id(), self._counters(address, account))
+        attempt = Reserved(self._new_id(), self._counters(address, account), user_id, address)
         pair, *others = attempt.counters
         # Alone at first: a flood on a locked pair must not hold places in the account's counter, which others share.
         refusal = await self._reserve_one(attempt.id, pair)
@@ -112,7 +118,7 @@ class Throttle:
             return attempt
         # What cannot be released expires by itself, and so does a reservation whose reply was lost.
         taken = [pair, *(c for c, reply in zip(others, replies, strict=True) if reply is None)]
-        await _all([partial(self._settle_one, attempt.id, counter, Outcome.RELEASED) for counter in taken])
+        await _all([partial(self._settle_one, attempt, counter, Outcome.RELEASED) for counter in taken])
         locks = [reply.retry_after_s for reply in _values(replies) if isinstance(reply, Locked)]
         return Locked(max(locks)) if locks else Wait()
 
@@ -124,7 +130,7 @@ class Throttle:
         """
         others = Outcome.RELEASED if outcome is Outcome.SUCCEEDED else outcome
         outcomes = {counter: outcome if counter.kind == "pair" else others for counter in attempt.counters}
-        statuses = await _all([partial(self._settle_one, attempt.id, c, what) for c, what in outcomes.items()])
+        statuses = await _all([partial(self._settle_one, attempt, c, what) for c, what in outcomes.items()])
         locked = tuple(c.kind for c, status in zip(outcomes, statuses, strict=True) if status == b"locked")
         for kind in locked:
             metrics.login_locks.labels(kind).inc()
@@ -139,10 +145,16 @@ class Throttle:
             return Locked(_seconds(int(reply[2])))
         return None if reply[0] == b"reserved" else Wait()
 
-    async def _settle_one(self, attempt_id: str, counter: _Counter, outcome: Outcome) -> bytes:
-        arguments = (counter.limit, self._lockout_ms) if outcome is Outcome.FAILED else ()
-        script = self._settle[outcome]
-        reply = await self._client.decide(script, counter.bucket, [counter.key], attempt_id, *arguments)
+    async def _settle_one(self, attempt: Reserved, counter: _Counter, outcome: Outcome) -> bytes:
+        keys: list[str] = [counter.key]
+        arguments: list[Any] = []
+        if outcome is Outcome.FAILED:
+            keys.append(event_stream(self._client, counter.bucket))
+            told = [counter.kind, attempt.user_id, attempt.address, self._stream_max]
+            arguments = [counter.limit, self._lockout_ms, *told]
+        reply = await self._client.decide(self._settle[outcome], counter.bucket, keys, attempt.id, *arguments)
+        if reply[0] == b"locked":
+            metrics.events_dropped.labels("login.locked").inc(int(reply[2]))
         return bytes(reply[0])
 
     def _counters(self, address: str, account: str) -> tuple[_Counter, ...]:

@@ -32,6 +32,7 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "hash_threads": (0, 256),
     "hash_queue_max": (1, 1_000_000),
     "log_days": (1, 3650),
+    "unready_s": (0, 300),
 }
 #: Above 0, and at most 300.
 TIMEOUTS = (

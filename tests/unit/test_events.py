@@ -5,9 +5,20 @@ from datetime import UTC, datetime, timedelta, timezone
 import msgspec
 import pytest
 
-from authd.events import user_registered
+from authd.announcements import EventFactory
+from authd.config import Secret, Settings
+from authd.events import Event
 
+#: Without brokers: only the contract's events are promised.
+EVENTS = EventFactory(
+    Settings(database_url=Secret("-"), redis_url=Secret("-"), secret=Secret("-"), kafka_bootstrap_servers=())
+)
 REGISTERED_AT = datetime(2026, 11, 23, 9, 5, 7, 120_000, tzinfo=UTC)
+
+
+def user_registered(user_id: int, username: str, full_name: str, created_at: datetime) -> Event:
+    [event] = EVENTS.user_registered(user_id, username, full_name, created_at)
+    return event
 
 
 def test_a_registration_is_these_bytes() -> None:

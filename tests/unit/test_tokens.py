@@ -102,19 +102,20 @@ def forge(mint: TokenMint, kid: str = "es-1", header: dict | None = None, **clai
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_an_access_token_comes_back(make_settings, algorithm: str) -> None:
     mint = make_mint(make_settings, algorithm)
-    claims = mint.read_access(mint.make_access(2**53 + 1, SESSION, "an-id"))
+    claims = mint.read_access(mint.make_access(2**53 + 1, SESSION, 1, "an-id"))
     assert (claims.user_id, claims.session_id, claims.expires_at) == (2**53 + 1, SESSION, NOW + mint.access_ttl_s)
 
 
 @pytest.mark.parametrize(("algorithm", "kind"), [("ES256", "at+jwt"), ("Ed25519", "at+jwt"), ("HS256", "JWT")])
 def test_what_an_access_token_says(make_settings, algorithm: str, kind: str) -> None:
-    header, payload, _ = split(make_mint(make_settings, algorithm).make_access(42, SESSION, "an-id"))
+    header, payload, _ = split(make_mint(make_settings, algorithm).make_access(42, SESSION, 1, "an-id"))
     assert json.loads(header)["typ"] == kind
     assert json.loads(header)["alg"] == algorithm
     assert json.loads(payload) == {
         "iss": "https://auth.test",
         "sub": "42",
         "sid": encode_base64url(SESSION),
+        "epoch": 1,
         "jti": "an-id",
         "iat": NOW,
         "exp": NOW + 1800,
@@ -123,7 +124,7 @@ def test_what_an_access_token_says(make_settings, algorithm: str, kind: str) -> 
 
 def test_an_audience_appears_only_when_one_is_set(make_settings) -> None:
     mint = make_mint(make_settings, audience="https://api.test")
-    token = mint.make_access(42, SESSION, "j")
+    token = mint.make_access(42, SESSION, 1, "j")
     assert json.loads(split(token)[1])["aud"] == "https://api.test"
     mint.read_access(token)
     for audience in (None, "https://other.test", ["https://api.test"]):
@@ -133,7 +134,7 @@ def test_an_audience_appears_only_when_one_is_set(make_settings) -> None:
 
 def test_the_old_services_decode_hs256_tokens_as_ever(make_settings) -> None:
     settings = make_settings(jwt_algorithm="HS256", jwt_secret=SHARED)
-    token = TokenMint(settings, make_ring()).make_access(42, SESSION, "j")
+    token = TokenMint(settings, make_ring()).make_access(42, SESSION, 1, "j")
     assert int(python_jose.decode(token, SHARED, algorithms=["HS256"])["sub"]) == 42
     assert int(pyjwt.decode(token, SHARED, algorithms=["HS256"])["sub"]) == 42
 
@@ -141,7 +142,7 @@ def test_the_old_services_decode_hs256_tokens_as_ever(make_settings) -> None:
 @pytest.mark.parametrize(("algorithm", "name"), [("ES256", "ES256"), ("Ed25519", "EdDSA")])
 def test_a_verifier_needs_only_the_published_key(make_settings, algorithm: str, name: str) -> None:
     ring = make_ring()
-    token = TokenMint(make_settings(jwt_algorithm=algorithm), ring).make_access(42, SESSION, "j")
+    token = TokenMint(make_settings(jwt_algorithm=algorithm), ring).make_access(42, SESSION, 1, "j")
     kid = pyjwt.get_unverified_header(token)["kid"]
     [published] = [key for key in ring.jwks()["keys"] if key["kid"] == kid]
     # PyJWT knows Ed25519 by its older name, which the header does not use.
@@ -156,7 +157,7 @@ def test_a_verifier_needs_only_the_published_key(make_settings, algorithm: str, 
 def test_an_access_token_ends_with_its_last_second(make_settings) -> None:
     clock = Clock()
     mint = TokenMint(make_settings(access_ttl_s=60), make_ring(), clock)
-    token = mint.make_access(42, SESSION, "j")
+    token = mint.make_access(42, SESSION, 1, "j")
     clock.now = NOW + 59.9
     mint.read_access(token)
     clock.now = NOW + 60
@@ -167,7 +168,7 @@ def test_an_access_token_ends_with_its_last_second(make_settings) -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_any_changed_character_of_an_access_token_is_noticed(make_settings, algorithm: str) -> None:
     mint = make_mint(make_settings, algorithm)
-    token = mint.make_access(42, SESSION, "j")
+    token = mint.make_access(42, SESSION, 1, "j")
     for index, character in enumerate(token):
         # The highest of six bits: the last character of a part may carry fewer than six.
         other = "." if character != "." else "A"
@@ -180,7 +181,7 @@ def test_any_changed_character_of_an_access_token_is_noticed(make_settings, algo
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_cut_or_lengthened_access_token_is_invalid(make_settings, algorithm: str) -> None:
     mint = make_mint(make_settings, algorithm)
-    token = mint.make_access(42, SESSION, "j")
+    token = mint.make_access(42, SESSION, 1, "j")
     head, _, signature = token.rpartition(".")
     for text in (
         token[:-1],
@@ -467,11 +468,11 @@ def test_a_key_is_published_at_once_and_signs_from_its_time(make_settings) -> No
     ring = KeyRing([signing("es-2", NOW + 100), signing("es-1")], [MAC_2, MAC_1])
     mint = TokenMint(make_settings(), ring, clock)
     assert {key["kid"] for key in ring.jwks()["keys"]} == {"es-1", "es-2"}
-    old = mint.make_access(42, SESSION, "j")
+    old = mint.make_access(42, SESSION, 1, "j")
     assert json.loads(split(old)[0])["kid"] == "es-1"
     assert mint.mac_key_id() == 1
     clock.now = NOW + 100
-    new = mint.make_access(42, SESSION, "j")
+    new = mint.make_access(42, SESSION, 1, "j")
     assert json.loads(split(new)[0])["kid"] == "es-2"
     assert mint.mac_key_id() == 2
     for token in (old, new):
@@ -482,7 +483,7 @@ def test_a_replica_that_does_not_sign_with_a_key_yet_proves_with_it(make_setting
     """Clocks differ: a replica ahead signs with the new key first."""
     keys = [signing("es-1"), signing("es-2", NOW + 100)]
     ahead, behind = (TokenMint(make_settings(), KeyRing(keys, [MAC_1, MAC_2]), Clock(NOW + s)) for s in (100, 0))
-    assert behind.read_access(ahead.make_access(42, SESSION, "j")).user_id == 42
+    assert behind.read_access(ahead.make_access(42, SESSION, 1, "j")).user_id == 42
     token = msgspec.structs.replace(TOKEN, key_id=ahead.mac_key_id())
     assert behind.read_refresh(ahead.make_refresh(token)) == token
 
@@ -490,7 +491,7 @@ def test_a_replica_that_does_not_sign_with_a_key_yet_proves_with_it(make_setting
 def test_a_replaced_ring_counts_at_once_and_a_retired_key_proves_nothing(make_settings) -> None:
     ring = KeyRing([signing("es-1")], [MAC_1])
     mint = TokenMint(make_settings(), ring, Clock())
-    access, refresh = mint.make_access(42, SESSION, "j"), mint.make_refresh(TOKEN)
+    access, refresh = mint.make_access(42, SESSION, 1, "j"), mint.make_refresh(TOKEN)
     ring.replace([signing("es-2")], [MacKey(3, b"3" * 32, 0)])
     for read, text in ((mint.read_access, access), (mint.read_refresh, refresh)):
         with pytest.raises(InvalidToken):
@@ -498,11 +499,11 @@ def test_a_replaced_ring_counts_at_once_and_a_retired_key_proves_nothing(make_se
     with pytest.raises(InvalidToken):
         mint.make_refresh(TOKEN)
     assert mint.mac_key_id() == 3
-    assert mint.read_access(mint.make_access(42, SESSION, "j")).user_id == 42
+    assert mint.read_access(mint.make_access(42, SESSION, 1, "j")).user_id == 42
 
 
 def test_after_a_change_of_the_algorithm_the_old_tokens_still_count(make_settings) -> None:
-    old = make_mint(make_settings, "ES256").make_access(42, SESSION, "j")
+    old = make_mint(make_settings, "ES256").make_access(42, SESSION, 1, "j")
     assert make_mint(make_settings, "Ed25519").read_access(old).user_id == 42
 
 

@@ -28,7 +28,7 @@ WHERE u.id = $1;
 
 -- name: set_password_hash
 -- Renewal of the hash of the same password: only if nobody changed the password meanwhile.
-UPDATE users SET password_hash = $3 WHERE id = $1 AND password_hash = $2;
+UPDATE users SET password_hash = $3 WHERE id = $1 AND password_hash = $2 RETURNING id;
 
 -- name: raise_epoch
 -- Ends all sessions that were opened before. Locks the user's row first: see revocations.sql.

@@ -2,6 +2,7 @@
 --
 -- KEYS  1 hash of the user's sessions (expires with the last of its values)
 --       2 string, the bucket's last applied revocation (no expiry)
+--       3 stream, the bucket's events (no expiry; the relay empties it)
 -- ARGV  1 deadline, ms of Redis's time        2 the highest revocation number that the caller knows
 --       3 session id, made by the caller      4 the user's epoch
 --       5 MAC key id                          6 counter of the new token
@@ -9,12 +10,15 @@
 --       9 a session's life, ms               10 the cap
 --      11 1: refuse at the cap, 0: evict the oldest
 --      12 a tombstone's life, ms             13 the client's bytes
+--      14 user id                            15 the stream's bound for `session.opened`, 0: do not tell it
 --
 -- Returns {status, now} and more:
---   opened, value, evicted id ...   also when this very session was opened by an earlier run
+--   opened, value, 1: not told since the stream is full, evicted id ...
+--     also when this very session was opened by an earlier run
 --   late | behind, applied number | stale, reason: sessions of this epoch have ended | ended, reason
 --   present: to be rebuilt, but here | expired | refused: at the cap | evicted: a rebuilt session older than a full set
 -- include: session_format
+-- include: event_add
 
 local now = now_ms()
 if now > tonumber(ARGV[1]) then return { 'late', now } end
@@ -36,7 +40,7 @@ for i = 1, #values, 2 do
         elseif s.id == id then
             if s.state ~= LIVE then return { 'ended', now, s.reason } end
             if rebuilt then return { 'present', now } end
-            return { 'opened', now, values[i + 1] }
+            return { 'opened', now, values[i + 1], 0 }
         elseif s.state == LIVE then
             live[#live + 1] = s
         end
@@ -49,7 +53,7 @@ session.expires = math.min(now + tonumber(ARGV[8]), session.created + tonumber(A
 if session.expires <= now then return { 'expired', now } end
 
 local surplus = #live + 1 - tonumber(ARGV[10])
-local reply = { 'opened', now, pack_live(session) }
+local reply = { 'opened', now, pack_live(session), 0 }
 if surplus > 0 then
     if ARGV[11] == '1' then return { 'refused', now } end
     table.sort(live, function(a, b)
@@ -59,15 +63,22 @@ if surplus > 0 then
     if rebuilt and session.created < live[surplus].created then
         local expires = now + tonumber(ARGV[12])
         redis.call('HSET', KEYS[1], id, pack_tombstone(UNLOGGED, expires, 'evicted'))
+        add_event(KEYS[3], nil, 'session.evicted', 'u', ARGV[14], 's', id)
         keep_until(KEYS[1], now, expires)
         return { 'evicted', now }
     end
     for i = 1, surplus do
         -- As long as the token it answers for, or until the log has its row.
         redis.call('HSET', KEYS[1], live[i].id, pack_tombstone(UNLOGGED, live[i].expires, 'evicted'))
+        add_event(KEYS[3], nil, 'session.evicted', 'u', ARGV[14], 's', live[i].id)
         reply[#reply + 1] = live[i].id
     end
 end
 redis.call('HSET', KEYS[1], id, reply[3])
 keep_until(KEYS[1], now, session.expires)
+local stream_max = tonumber(ARGV[15])
+if stream_max > 0 and not rebuilt then
+    local told = add_event(KEYS[3], stream_max, 'session.opened', 'u', ARGV[14], 's', id, 'c', ARGV[13])
+    reply[4] = told and 0 or 1
+end
 return reply

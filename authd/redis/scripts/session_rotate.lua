@@ -2,17 +2,20 @@
 --
 -- KEYS  1 hash of the user's sessions (expires with the last of its values)
 --       2 string, the bucket's last applied revocation (no expiry)
+--       3 stream, the bucket's events (no expiry; the relay empties it)
 -- ARGV  1 deadline, ms of Redis's time        2 the highest revocation number that the caller knows
 --       3 session id    4 epoch    5 counter    6 issued, ms: of the token presented
 --       7 MAC key id of the successor         8 grace, ms
 --       9 a refresh token's life, ms         10 a session's life, ms
 --      11 the client's bytes                12 expires, ms: of the token presented
+--      13 user id
 --
 -- Returns {status, now} and more:
 --   rotated, value | repeated, value: the previous token within the grace; the successor is computed again from value
 --   superseded: an older token within the grace of the last rotation; nothing ends
 --   reused: the session ends | ended, reason | expired | unknown | late | behind, applied number
 -- include: session_format
+-- include: event_add
 
 local now = now_ms()
 if now > tonumber(ARGV[1]) then return { 'late', now } end
@@ -48,4 +51,5 @@ elseif counter == s.counter or s.issued <= tonumber(ARGV[6]) + grace then
     return { 'rotated', now, value }
 end
 redis.call('HSET', KEYS[1], id, pack_tombstone(UNLOGGED, s.expires, 'reused'))
+add_event(KEYS[3], nil, 'session.reuse_detected', 'u', ARGV[13], 's', id)
 return { 'reused', now }
