@@ -116,6 +116,7 @@ async def _serve(
         ],
     )
     async with AsyncExitStack() as tree:
+    _log.info("trusted_proxies", networks=[str(network) for network in settings.trusted_proxies])
         await tree.enter_async_context(running(partial(keeper.follow, ring)))
         await tree.enter_async_context(running(feed.run))
         if producer is not None and publisher is not None:
