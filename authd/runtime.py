@@ -24,6 +24,7 @@ from authd.accounts import Accounts
 from authd.clients import ClientRegistry, TokenDesk
 from authd.config import Settings
 from authd.delivery import FLUSH_S, Publisher
+from authd.devices import DeviceMint
 from authd.errors import Unavailable
 from authd.hasher import Hasher
 from authd.health import Health
@@ -91,7 +92,7 @@ async def _serve(
 
     feed = RevocationFeed(remembered.revocations, decided.sessions, offer_lane)
     relay = EventRelay(decided.streams, remembered.relay, remembered.events, feed, offer_lane)
-    passwords = PasswordCheck(settings, remembered.users, decided.throttle, hasher)
+    passwords = PasswordCheck(settings, remembered.users, decided.throttle, hasher, DeviceMint(ring))
     sessions = Sessions(
         mint,
         remembered.users,

@@ -31,7 +31,8 @@ def make_credentials(settings: Settings, accounts: Accounts, sessions: Sessions)
     async def login() -> Response:
         form = await read_form(request, "username", "password")
         client = find_client(request, settings.trusted_proxies)
-        return _tokens(await sessions.login(form["username"], form["password"], client))
+        device_token = form.get("device_token") or request.headers.get("X-Device-Token", "")
+        return _tokens(await sessions.login(form["username"], form["password"], client, device_token))
 
     @routes.post("/refresh_token")
     async def refresh_token() -> Response:
