@@ -107,7 +107,7 @@ async def _serve(
         {"user_store": database.ping, "session_store": redis.ping},
         events=lambda: producer is not None and producer.connected,
     )
-    accounts = Accounts(remembered.users, hasher, offer_lane)
+    accounts = Accounts(remembered.users, hasher, decided.throttle, offer_lane)
     app = App(
         settings,
         [
@@ -116,8 +116,8 @@ async def _serve(
             make_operations(health, ring),
         ],
     )
-    async with AsyncExitStack() as tree:
     _log.info("trusted_proxies", networks=[str(network) for network in settings.trusted_proxies])
+    async with AsyncExitStack() as tree:
         await tree.enter_async_context(running(partial(keeper.follow, ring)))
         await tree.enter_async_context(running(feed.run))
         if producer is not None and publisher is not None:

@@ -24,7 +24,8 @@ def make_credentials(settings: Settings, accounts: Accounts, sessions: Sessions)
     @routes.post("/register")
     async def register() -> Response:
         body = await read_json(request, RegisterRequest)
-        profile = await accounts.register(body.username, body.password, body.full_name or "")
+        client = find_client(request, settings.trusted_proxies)
+        profile = await accounts.register(body.username, body.password, body.full_name or "", client.address)
         return json_response(profile, 201)
 
     @routes.post("/login")
