@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Coroutine, Iterator, Sequence
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="say whether the settings are usable and every part answers")
     check.set_defaults(command=lambda _: _run(admin.check))
 
-    users = commands.add_parser("users", help="look at, disable and enable users").add_subparsers(
+    users = commands.add_parser("users", help="look at, disable, enable and unlock users").add_subparsers(
         required=True, metavar="action"
     )
     for name, action, help_text in (
@@ -89,6 +90,15 @@ def _parser() -> argparse.ArgumentParser:
         user = users.add_parser(name, help=help_text)
         user.add_argument("username")
         user.set_defaults(command=lambda options, action=action: _run(partial(action, username=options.username)))
+
+    unlock = users.add_parser("unlock", help="forget the failed logins of a user, and with --address those from there")
+    unlock.add_argument("username")
+    unlock.add_argument("--address", type=ip_address, help="the client's IP address")
+    unlock.set_defaults(
+        command=lambda options: _run(
+            partial(admin.unlock_user, username=options.username, address=options.address and str(options.address))
+        )
+    )
 
     clients = commands.add_parser("clients", help="register services that may ask about tokens").add_subparsers(
         required=True, metavar="action"

@@ -24,6 +24,7 @@ from authd.accounts import Accounts
 from authd.clients import ClientRegistry, TokenDesk
 from authd.config import Settings
 from authd.delivery import FLUSH_S, OutboxWatch, Publisher
+from authd.devices import DeviceMint
 from authd.errors import Unavailable
 from authd.hasher import Hasher
 from authd.health import Health
@@ -92,7 +93,7 @@ async def _serve(
 
     feed = RevocationFeed(remembered.revocations, decided.sessions, offer_lane)
     relay = EventRelay(decided.streams, remembered.relay, remembered.events, feed, offer_lane)
-    passwords = PasswordCheck(settings, remembered.users, decided.throttle, hasher)
+    passwords = PasswordCheck(settings, remembered.users, decided.throttle, hasher, DeviceMint(ring))
     sessions = Sessions(
         mint,
         remembered.users,
@@ -108,7 +109,7 @@ async def _serve(
         events=lambda: producer is not None and producer.connected and not outbox.is_late,
         oldest_s=lambda: outbox.oldest_s,
     )
-    accounts = Accounts(remembered.users, hasher, offer_lane)
+    accounts = Accounts(remembered.users, hasher, decided.throttle, offer_lane)
     app = App(
         settings,
         [
@@ -117,6 +118,7 @@ async def _serve(
             make_operations(settings, health, ring),
         ],
     )
+    _log.info("trusted_proxies", networks=[str(network) for network in settings.trusted_proxies])
     async with AsyncExitStack() as tree:
         await tree.enter_async_context(running(partial(keeper.follow, ring)))
         await tree.enter_async_context(running(feed.run))

@@ -15,12 +15,15 @@ _QUERIES = load_queries("users.sql")
 
 
 class User(msgspec.Struct, frozen=True, kw_only=True):
-    """A user's row. `revocation` is the bucket's last revocation number, read in the same snapshot."""
+    """A user's row. `password_version` is raised with each other password, `version` with each change. `revocation` is
+    the bucket's last revocation number, read in the same snapshot.
+    """
 
     id: int
     username: str
     full_name: str
     password_hash: str
+    password_version: int
     version: int
     epoch: int
     disabled: bool
