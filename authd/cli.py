@@ -15,6 +15,7 @@ import anyio
 from authd import __version__, admin, runtime
 from authd.config import ConfigError, Settings, load_settings
 from authd.errors import Unavailable
+from authd.http.server import LISTEN_BACKLOG
 from authd.observe.logs import start_logs
 from authd.workers import run_workers, stop_with_parent
 
@@ -53,7 +54,7 @@ def listen(bind: str) -> socket.socket:
     host = host.strip("[]")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, int(port)), family=family, backlog=runtime.LISTEN_BACKLOG)
+        return socket.create_server((host, int(port)), family=family, backlog=LISTEN_BACKLOG)
     except OSError as error:
         raise ConfigError(f"AUTHD_BIND={bind} cannot be listened on: {error.strerror}.") from None
 

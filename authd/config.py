@@ -5,6 +5,7 @@ An unknown ``AUTHD_`` name is refused: a misspelt limit that silently keeps its 
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
@@ -20,6 +21,9 @@ SECRET_BYTES_MIN = 32
 #: Buckets that users, streams, throttle counters, outbox lanes and the revocation log are divided into. Part of every
 #: key in Redis and every row of the log: fixed for the life of a deployment.
 BUCKETS = 256
+
+#: As a browser sends it: lower case, no path, the port only where it is not the scheme's own.
+_ORIGIN = re.compile(r"(?!http://.*:80$|https://.*:443$)https?://(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(:[0-9]{1,5})?")
 
 Network = IPv4Network | IPv6Network
 Seconds = Annotated[int, Meta(ge=1, le=366 * 86_400)]
@@ -68,6 +72,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     start_timeout_s: Timeout = 60.0
     body_max_bytes: Annotated[int, Meta(ge=4096, le=1_048_576)] = 16_384
     header_max_bytes: Annotated[int, Meta(ge=4096, le=262_144)] = 16_384
+    headers_max: Annotated[int, Meta(ge=16, le=1000)] = 100
+    header_timeout_s: Timeout = 10.0
+    keep_alive_s: Timeout = 75.0
+    connections_max: Annotated[int, Meta(ge=8, le=1_000_000)] = 2000
+    cors_origins: tuple[str, ...] = ()
 
     # The stores
     database_url: Secret
@@ -129,6 +138,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def hash_threads_per_worker(self) -> int:
         """Threads that hash in this process: the setting, or the cores, divided by the workers."""
         return max(1, (self.hash_threads or os.cpu_count() or 1) // self.workers)
+
+    @property
+    def connections_per_worker(self) -> int:
+        return max(1, self.connections_max // self.workers)
 
     @property
     def database_pool_per_worker(self) -> int:
@@ -208,5 +221,8 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         settings.kafka_username and settings.kafka_password
     ):
         yield "AUTHD_KAFKA_USERNAME and AUTHD_KAFKA_PASSWORD are required with AUTHD_KAFKA_SECURITY_PROTOCOL=SASL_*."
+    for origin in settings.cors_origins:
+        if not _ORIGIN.fullmatch(origin):
+            yield f"AUTHD_CORS_ORIGINS takes exact origins such as https://app.example.com, which {origin} is not."
     if int(settings.bind.rpartition(":")[2]) > 65_535:
         yield "AUTHD_BIND has a port above 65535."

@@ -15,10 +15,7 @@ from functools import partial
 from typing import Any
 
 import anyio
-import hypercorn.asyncio
 import structlog
-from anyio.abc import TaskStatus
-from hypercorn.config import Config
 
 from authd.accounts import Accounts
 from authd.clients import ClientRegistry, TokenDesk
@@ -32,6 +29,7 @@ from authd.http.app import App
 from authd.http.credentials import make_credentials
 from authd.http.oauth import make_oauth
 from authd.http.operations import make_operations
+from authd.http.server import HttpServer
 from authd.kafka.producer import Producer
 from authd.keys import KeyKeeper, SealedByAnotherSecret
 from authd.login import PasswordCheck
@@ -45,8 +43,6 @@ from authd.sessions import Sessions
 from authd.stores import PostgresStores, RedisStores
 from authd.tokens import TokenMint
 
-LISTEN_BACKLOG = 1024
-KEEP_ALIVE_S = 30
 #: Time after all deadlines of a shutdown at which the process ends without ceremony.
 LAST_RESORT_S = 10.0
 START_RETRY_MAX_S = 2.0
@@ -152,44 +148,11 @@ async def running(
 
 @asynccontextmanager
 async def _serving(app: App, listener: socket.socket, settings: Settings, health: Health) -> AsyncGenerator[None, None]:
-    """Hypercorn on the socket; after the body it drains. It is never cancelled: it does not survive that in order."""
-    trigger, served = anyio.Event(), anyio.Event()
-
-    async def serve(*, task_status: TaskStatus[None]) -> None:
-        task_status.started()
-        try:
-            # Hypercorn adopts and closes the descriptor it is given.
-            config = _hypercorn_config(settings, os.dup(listener.fileno()))
-            listener.close()
-            await hypercorn.asyncio.serve(app, config, shutdown_trigger=trigger.wait, mode="asgi")
-        finally:
-            served.set()
-
-    async with anyio.create_task_group() as group:
-        await group.start(serve)
-        try:
-            yield
-            health.is_draining = app.is_draining = True
-            # The balancer sees /readyz and sends nobody else; who comes meanwhile is answered, and told to leave.
-            await anyio.sleep(settings.unready_s)
-        finally:
-            trigger.set()
-        with anyio.move_on_after(settings.drain_s):
-            await served.wait()
-        for scope in list(app.inflight):  # each is answered with a 503
-            scope.cancel()
-
-
-def _hypercorn_config(settings: Settings, descriptor: int) -> Config:
-    config = Config()
-    config.bind = [f"fd://{descriptor}"]
-    config.backlog = LISTEN_BACKLOG
-    config.errorlog = None
-    config.include_server_header = False
-    config.keep_alive_timeout = KEEP_ALIVE_S
-    config.h11_max_incomplete_size = settings.header_max_bytes
-    config.graceful_timeout = settings.drain_s + LAST_RESORT_S / 2  # only a backstop behind our own drain
-    return config
+    async with HttpServer(app, settings).serving(listener):
+        yield
+        health.is_draining = app.is_draining = True
+        # The balancer sees /readyz and sends nobody else; who comes meanwhile is answered, and told to leave.
+        await anyio.sleep(settings.unready_s)
 
 
 async def _watch_signals(signals: AsyncIterator[signal.Signals], stop: anyio.Event, settings: Settings) -> None:
@@ -199,7 +162,7 @@ async def _watch_signals(signals: AsyncIterator[signal.Signals], stop: anyio.Eve
             _exit(1)
         _log.info("signal", signal=number.name)
         stop.set()
-        # A client that does not read its answer can hold Hypercorn beyond every deadline it has.
+        # Behind every deadline of the shutdown, in case that one of them does not hold.
         last_resort = threading.Timer(
             settings.unready_s + settings.drain_s + FLUSH_S + settings.kafka_timeout_s + LAST_RESORT_S, _exit, (1,)
         )

@@ -13,18 +13,18 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from authd.config import Settings
 from authd.errors import Refusal, Unavailable
-from authd.http.problems import ProblemResponse, deadline_response, problem_response, refusal_response
+from authd.http.cors import Cors
+from authd.http.problems import (
+    SECURITY_HEADERS,
+    ProblemResponse,
+    deadline_response,
+    problem_response,
+    refusal_response,
+)
 from authd.observe import metrics
 
 #: How long the answer to a request whose body nobody read waits for the rest of it.
 BODY_REST_S = 0.5
-#: Every answer is data: nothing in it may be sniffed, framed or run.
-SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 #: Asked every few seconds by machines: a line for each would bury the rest.
 _PROBES = {"/livez", "/readyz", "/metrics"}
@@ -44,6 +44,10 @@ class App(Quart):
         self.config["MAX_CONTENT_LENGTH"] = settings.body_max_bytes
         self.config["BODY_TIMEOUT"] = settings.request_timeout_s
         self.config["RESPONSE_TIMEOUT"] = settings.request_timeout_s
+        self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
+        # `//host/path` is a path that we do not have, and nothing to redirect to.
+        self.url_map.merge_slashes = False
+        self._cors = Cors(settings.cors_origins)
         for blueprint in blueprints:
             self.register_blueprint(blueprint)
         self.register_error_handler(Refusal, _on_refusal)
@@ -63,19 +67,20 @@ class App(Quart):
             with anyio.CancelScope(deadline=anyio.current_time() + self._timeout_s) as scope:
                 self.inflight.add(scope)
                 try:
-                    response = await super().handle_request(request)
+                    response = self._cors.preflight(request) or await super().handle_request(request)
                 finally:
                     self.inflight.discard(scope)
             if response is None:
                 metrics.unavailable.labels("deadline").inc()
                 response = deadline_response()
-            if request.http_version.startswith("1") and not await _has_whole_body(request):
-                # Hypercorn ends the connection after this answer; a client that is not told would use it again.
+            if not await _has_whole_body(request) or self.is_draining:
+                # It ends after this answer; a client that is not told would use it again.
                 response.headers["Connection"] = "close"
             response.headers["X-Request-ID"] = request_id
             response.headers.update(SECURITY_HEADERS)
-            if self.is_draining and request.http_version.startswith("1"):
-                response.headers["Connection"] = "close"
+            # Only what says otherwise is for everybody: anything else may hold a token or tell of a user.
+            response.headers.setdefault("Cache-Control", "no-store")
+            self._cors.permit(request, response)
             return response
         finally:
             _record(request, response, time.perf_counter() - started)

@@ -9,6 +9,15 @@ from authd.errors import InvalidClient, InvalidRequest, Refusal, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
 
+#: Every answer is data: nothing in it may be sniffed, framed, run or embedded elsewhere.
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+}
+
 #: Each code's status and title. A code that is missing here is a test failure.
 PROBLEMS: dict[str, tuple[int, str]] = {
     "malformed_request": (422, "Malformed request"),
@@ -38,6 +47,12 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "method_not_allowed": (405, "Method not allowed"),
     "body_too_large": (413, "Body too large"),
     "body_timeout": (408, "Body timeout"),
+    "bad_http": (400, "Bad request"),
+    "headers_too_large": (431, "Header fields too large"),
+    "target_too_long": (414, "Target too long"),
+    "transfer_coding_unknown": (501, "Not implemented"),
+    "http_version_unknown": (505, "HTTP version not supported"),
+    "connections_full": (503, "Service unavailable"),
     "internal_error": (500, "Internal error"),
 }
 
@@ -74,17 +89,14 @@ def refusal_response(refusal: Refusal) -> Response:
     return response
 
 
-def problem_response(code: str, detail: str, **extra: Any) -> ProblemResponse:
+def problem_body(code: str, detail: str, **extra: Any) -> bytes:
     status, title = PROBLEMS[code]
-    problem = {
-        "type": f"urn:authd:problem:{code}",
-        "title": title,
-        "status": status,
-        "detail": detail,
-        "code": code,
-        **extra,
-    }
-    response = ProblemResponse(msgspec.json.encode(problem), status, content_type=MEDIA_TYPE)
+    problem = {"type": f"urn:authd:problem:{code}", "title": title, "status": status, "detail": detail, "code": code}
+    return msgspec.json.encode(problem | extra)
+
+
+def problem_response(code: str, detail: str, **extra: Any) -> ProblemResponse:
+    response = ProblemResponse(problem_body(code, detail, **extra), PROBLEMS[code][0], content_type=MEDIA_TYPE)
     response.headers["Cache-Control"] = "no-store"
     response.code = code
     return response

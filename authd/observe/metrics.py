@@ -9,6 +9,10 @@ request_seconds = Histogram(
     "authd_http_request_seconds", "Time to answer, by route.", ["route"], buckets=_REQUEST_BUCKETS
 )
 refusals = Counter("authd_refusals_total", "Problems answered, by stable code.", ["code"])
+connections = Gauge("authd_http_connections", "Connections that are open.", multiprocess_mode="livesum")
+connections_ended = Counter(
+    "authd_http_connections_ended_total", "Connections that the limit turned away or closed, by how.", ["how"]
+)
 
 sessions = Counter("authd_session_outcomes_total", "What the session scripts decided.", ["outcome"])
 revocations_applied = Counter("authd_revocations_applied_total", "Rows of the revocation log applied to Redis.")
