@@ -33,6 +33,9 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "hash_queue_max": (1, 1_000_000),
     "log_days": (1, 3650),
     "unready_s": (0, 300),
+    "headers_max": (16, 1000),
+    "connections_max": (8, 1_000_000),
+    "outbox_degraded_s": (1, DAYS_366),
 }
 #: Above 0, and at most 300.
 TIMEOUTS = (
@@ -43,6 +46,8 @@ TIMEOUTS = (
     "redis_timeout_s",
     "kafka_timeout_s",
     "hash_deadline_s",
+    "header_timeout_s",
+    "keep_alive_s",
 )
 UNUSABLE_TEXTS = {
     "bind": ("8000", "127.0.0.1", ":8000", "127.0.0.1:http", "127.0.0.1:123456"),
