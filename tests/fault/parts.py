@@ -89,7 +89,7 @@ async def broker(anyio_backend: object, stores_folder: Any) -> AsyncIterator[Kaf
 def seeded(seed: int | None = None) -> random.Random:
     """Chance that can be repeated: the seed stands in the output of a test that failed."""
     seed = secrets.randbits(32) if seed is None else seed
-    print(f"seed: {seed}")
+    print(f"seed: {seed}")  # noqa: T201
     return random.Random(seed)
 
 
@@ -277,11 +277,11 @@ class Deck:
 
 async def new_deck(api: Api, caller: Caller) -> Deck:
     account, other = await api.new_account(), await api.new_account()
-    kept, uncached, rotating, current, listed, by_access, by_refresh = [await api.new_session(account) for _ in range(7)]
+    kept, rotating, current, listed, by_access, by_refresh = [await api.new_session(account) for _ in range(6)]
     everything = await api.new_session(other)
     assert (await api.me(kept["access_token"])).status_code == 200
     sessions = (await api.get("/auth/sessions", headers=api.bearer(listed["access_token"]))).json()["sessions"]
-    [listed_id] = [session["id"] for session in sessions if session["current"]]
+    [session_url] = [f"/auth/sessions/{session['id']}" for session in sessions if session["current"]]
     # Another user's profile, which nothing has cached yet.
     fresh = await api.new_session(await api.new_account())
     numbers = itertools.count()
@@ -302,7 +302,7 @@ async def new_deck(api: Api, caller: Caller) -> Deck:
             "introspect a refresh token": lambda: caller.introspect(kept["refresh_token"]),
             "logout, current": lambda: logout(current, "current"),
             "logout, all": lambda: logout(everything, "all"),
-            "end a session": lambda: api.delete(f"/auth/sessions/{listed_id}", headers=api.bearer(kept["access_token"])),
+            "end a session": lambda: api.delete(session_url, headers=api.bearer(kept["access_token"])),
             "revoke an access token": lambda: caller.revoke(by_access["access_token"]),
             "revoke a refresh token": lambda: caller.revoke(by_refresh["refresh_token"]),
         },

@@ -84,10 +84,12 @@ class Proxy:
             with anyio.CancelScope() as scope:
                 self._connections.add(scope)
                 try:
-                    async with await anyio.connect_tcp("127.0.0.1", self._upstream_port) as upstream:
-                        async with anyio.create_task_group() as pumps:
-                            pumps.start_soon(self._pump, "asked", stream, upstream, pumps.cancel_scope)
-                            pumps.start_soon(self._pump, "answered", upstream, stream, pumps.cancel_scope)
+                    async with (
+                        await anyio.connect_tcp("127.0.0.1", self._upstream_port) as upstream,
+                        anyio.create_task_group() as pumps,
+                    ):
+                        pumps.start_soon(self._pump, "asked", stream, upstream, pumps.cancel_scope)
+                        pumps.start_soon(self._pump, "answered", upstream, stream, pumps.cancel_scope)
                 except OSError:
                     pass  # the store is away: so are we
                 finally:
