@@ -1,6 +1,7 @@
-"""The commands that look at a deployment or change a user."""
+"""The commands that look at a deployment or change something in it."""
 
 import sys
+from collections.abc import Iterable, Sequence
 
 import anyio
 
@@ -12,6 +13,7 @@ from authd.kafka.producer import Producer
 from authd.keys import KeyKeeper
 from authd.postgres.database import open_database
 from authd.postgres.migrate import migrate as run_migrations
+from authd.postgres.outbox import PARKED_ROWS
 from authd.redis.client import open_redis
 from authd.revocations import RevocationFeed
 from authd.runtime import running
@@ -96,6 +98,42 @@ async def rotate_keys(settings: Settings) -> int:
     return 0
 
 
+async def list_outbox(settings: Settings) -> int:
+    """What waits, and a line for each event that is set aside; never its value, which is about a person."""
+    async with open_database(settings) as database:
+        outbox = PostgresStores(settings, database).outbox
+        backlog, parked = await outbox.backlog(), await outbox.parked()
+    _say(f"waiting: {backlog.events}, the oldest for {backlog.oldest_s:.0f} s")
+    _say(f"set aside: {backlog.parked}")
+    for row in parked:
+        _say(
+            f"{row.id}  {row.type}  channel={row.channel}  user={row.user_id}  attempts={row.attempts}"
+            f"  error={row.last_error}  age={row.age_s:.0f}s"
+        )
+    if backlog.parked > len(parked):
+        _say(f"These are the {PARKED_ROWS} oldest.")
+    return 0
+
+
+async def retry_outbox(settings: Settings, ids: Sequence[int] | None) -> int:
+    """Give events that were set aside their attempts again; None: all of them."""
+    async with open_database(settings) as database:
+        unparked = await PostgresStores(settings, database).outbox.unpark(ids)
+    for row_id in sorted(unparked.retried):
+        _say(f"{row_id}  waits for the broker again")
+    for row_id in sorted(unparked.overtaken):
+        _say(f"{row_id}  dropped: its revocation is over, or a newer one says more")
+    return _complain_of_missing(ids or [], {*unparked.retried, *unparked.overtaken})
+
+
+async def drop_outbox(settings: Settings, ids: Sequence[int]) -> int:
+    async with open_database(settings) as database:
+        dropped = await PostgresStores(settings, database).outbox.drop(ids)
+    for row_id in sorted(dropped):
+        _say(f"{row_id}  dropped")
+    return _complain_of_missing(ids, set(dropped))
+
+
 async def _set_disabled(settings: Settings, username: str, *, disabled: bool) -> int:
     async with open_database(settings) as database, open_redis(settings) as redis:
         stores = PostgresStores(settings, database)
@@ -122,6 +160,11 @@ async def _check_kafka(settings: Settings) -> str:
             await producer.wait_connected()
             return "answers"
     return "away: events wait in the outbox"
+
+
+def _complain_of_missing(wanted: Iterable[int], found: set[int]) -> int:
+    missing = sorted(set(wanted) - found)
+    return _complain(f"Not set aside: {', '.join(map(str, missing))}.") if missing else 0
 
 
 def _no_user(more: str = "") -> int:

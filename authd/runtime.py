@@ -23,7 +23,7 @@ from hypercorn.config import Config
 from authd.accounts import Accounts
 from authd.clients import ClientRegistry, TokenDesk
 from authd.config import Settings
-from authd.delivery import FLUSH_S, Publisher
+from authd.delivery import FLUSH_S, OutboxWatch, Publisher
 from authd.errors import Unavailable
 from authd.hasher import Hasher
 from authd.health import Health
@@ -84,6 +84,7 @@ async def _serve(
     hasher = Hasher(settings)
     producer = Producer(settings) if settings.kafka_bootstrap_servers else None
     publisher = Publisher(settings, remembered.outbox, producer) if producer is not None else None
+    outbox = OutboxWatch(settings, remembered.outbox)
 
     def offer_lane(lane: int) -> None:
         if publisher is not None:
@@ -104,7 +105,8 @@ async def _serve(
     )
     health = Health(
         {"user_store": database.ping, "session_store": redis.ping},
-        events=lambda: producer is not None and producer.connected,
+        events=lambda: producer is not None and producer.connected and not outbox.is_late,
+        oldest_s=lambda: outbox.oldest_s,
     )
     accounts = Accounts(remembered.users, hasher, offer_lane)
     app = App(
@@ -118,6 +120,7 @@ async def _serve(
     async with AsyncExitStack() as tree:
         await tree.enter_async_context(running(partial(keeper.follow, ring)))
         await tree.enter_async_context(running(feed.run))
+        await tree.enter_async_context(running(outbox.run))
         if producer is not None and publisher is not None:
             await tree.enter_async_context(running(producer.run))
             await tree.enter_async_context(running(publisher.run, last=publisher.drain))

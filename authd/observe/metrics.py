@@ -23,6 +23,9 @@ outbox_events = Gauge("authd_outbox_events", "Events that wait for the broker.",
 outbox_oldest_seconds = Gauge(
     "authd_outbox_oldest_seconds", "Age of the oldest event that waits.", multiprocess_mode="mostrecent"
 )
+outbox_parked = Gauge(
+    "authd_outbox_parked", "Events set aside that the broker will not take.", multiprocess_mode="mostrecent"
+)
 events_published = Counter("authd_events_published_total", "Events the broker acknowledged, by type.", ["type"])
 events_dropped = Counter("authd_events_dropped_total", "Events a full stream did not take, by type.", ["type"])
 events_relayed = Counter("authd_events_relayed_total", "Events moved from Redis to the outbox, by type.", ["type"])

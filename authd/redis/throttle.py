@@ -91,6 +91,8 @@ class Throttle:
             "address": settings.address_max_failures,
         }
         self._lockout_ms = settings.lockout_s * 1000
+        # Without a broker nobody is told.
+        self._stream_max = settings.stream_max if settings.kafka_bootstrap_servers else 0
         self._reservation_ttl_ms = int(reservation_ttl_s * 1000)
         self._new_id = new_id
         self._peek = client.script("throttle_peek")
@@ -148,8 +150,11 @@ class Throttle:
         arguments: list[Any] = []
         if outcome is Outcome.FAILED:
             keys.append(event_stream(self._client, counter.bucket))
-            arguments = [counter.limit, self._lockout_ms, counter.kind, attempt.user_id, attempt.address]
+            told = [counter.kind, attempt.user_id, attempt.address, self._stream_max]
+            arguments = [counter.limit, self._lockout_ms, *told]
         reply = await self._client.decide(self._settle[outcome], counter.bucket, keys, attempt.id, *arguments)
+        if reply[0] == b"locked":
+            metrics.events_dropped.labels("login.locked").inc(int(reply[2]))
         return bytes(reply[0])
 
     def _counters(self, address: str, account: str) -> tuple[_Counter, ...]:

@@ -51,5 +51,5 @@ elseif counter == s.counter or s.issued <= tonumber(ARGV[6]) + grace then
     return { 'rotated', now, value }
 end
 redis.call('HSET', KEYS[1], id, pack_tombstone(UNLOGGED, s.expires, 'reused'))
-add_event(KEYS[3], 0, 'session.reuse_detected', 'u', ARGV[13], 's', id)
+add_event(KEYS[3], nil, 'session.reuse_detected', 'u', ARGV[13], 's', id)
 return { 'reused', now }
