@@ -6,6 +6,7 @@ answers `Behind`, the missing rows are applied first and the script is asked aga
 
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -159,7 +160,8 @@ class Sessions:
         if user is None or user.disabled:
             raise InvalidAccessToken
         profile = profile_of(user)
-        await self._cache.store(user.id, user.version, msgspec.json.encode(profile))
+        with suppress(Unavailable):  # a Redis without memory reads, and caches nothing
+            await self._cache.store(user.id, user.version, msgspec.json.encode(profile))
         return profile
 
     async def list_own(self, access_token: str) -> list[SessionView]:

@@ -9,7 +9,7 @@ import pytest
 import uvloop
 from blockbuster import blockbuster_ctx
 
-pytest_plugins = ["stores", "service_process", "service.world"]
+pytest_plugins = ["stores", "service_process", "service.world", "fault.parts"]
 
 TESTS = Path(__file__).parent
 LOOP_GUARDED = {"unit", "service"}

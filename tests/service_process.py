@@ -388,12 +388,17 @@ class Services:
 
 @pytest.fixture(scope="session")
 async def services(postgres_server: PostgresServer, redis_server: RedisServer) -> AsyncIterator[Services]:
-    template = f"e2e-template-{uuid.uuid4().hex[:16]}"
-    url = await postgres_server.create_database(template)
-    names = {"AUTHD_DATABASE_URL": url, "AUTHD_REDIS_URL": redis_server.url, "AUTHD_SECRET": "s" * 32}
-    await migrate(parse_settings(names))
+    template = await make_template(postgres_server, redis_server)
     yield Services(postgres_server, redis_server, template)
     await postgres_server.drop_database(template)
+
+
+async def make_template(postgres: PostgresServer, redis: RedisServer) -> str:
+    """The name of a migrated, empty database."""
+    template = f"e2e-template-{uuid.uuid4().hex[:16]}"
+    url = await postgres.create_database(template)
+    await migrate(parse_settings({"AUTHD_DATABASE_URL": url, "AUTHD_REDIS_URL": redis.url, "AUTHD_SECRET": "s" * 32}))
+    return template
 
 
 @pytest.fixture(scope="module")

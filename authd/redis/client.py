@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import anyio
+from redis import exceptions as redis_errors
 from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import parse_url
@@ -21,7 +22,7 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool, SentinelManagedConnection
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
-from redis.exceptions import RedisClusterException, RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from authd.breaker import Breaker
 from authd.config import BUCKETS, ConfigError, Settings
@@ -35,7 +36,19 @@ SPARE_CONNECTIONS = 8
 
 #: Errors that say "not now". While a cluster is down, redis-py closes connections under the tasks that use them, which
 #: break in any way.
-_AWAY = (RedisError, RedisClusterException, OSError, TimeoutError, RuntimeError, AttributeError)
+_AWAY = (
+    redis_errors.ConnectionError,
+    redis_errors.TimeoutError,
+    redis_errors.ClusterError,
+    redis_errors.RedisClusterException,
+    OSError,
+    TimeoutError,
+    RuntimeError,
+    AttributeError,
+)
+#: Errors of a server that answers, such as one without memory. They cost no wait, so they do not open the breaker,
+#: which would refuse the reading requests too.
+_REFUSED = (redis_errors.RedisError,)
 
 _RUN_ID = re.compile(rb"run_id:([0-9a-f]+)")
 _INCLUDE = re.compile(r"^-- include: (\w+)$", re.MULTILINE)
@@ -135,7 +148,7 @@ class RedisClient:
             with self._breaker(key).call(_AWAY), anyio.fail_after(self._timeout_s):
                 async with self._turns:
                     yield
-        except _AWAY as error:
+        except (*_AWAY, *_REFUSED) as error:
             raise Unavailable("session_store") from error
 
     def _breaker(self, key: str) -> Breaker:
