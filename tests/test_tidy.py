@@ -41,7 +41,7 @@ HOMES = {
     "cryptography": {"tokens.py"},
     "dotenv": {"config.py"},
     "email_validator": {"accounts.py"},
-    "hypercorn": {"runtime.py"},
+    "hypercorn": {"http", "runtime.py"},
     "idna": {"accounts.py"},
     "joserfc": {"tokens.py"},
     "prometheus_client": {"observe", "http"},
