@@ -354,7 +354,7 @@ async def test_a_forged_access_token_brings_nothing_back(world: World) -> None:
     lost = world.token(await world.login(user)).session_id
     await world.wipe()
     for session_id in (secrets.token_bytes(16), lost):
-        assert await world.bearer(world.mint.make_access(user.id, session_id, "forged")) == "token_invalid"
+        assert await world.bearer(world.mint.make_access(user.id, session_id, 1, "forged")) == "token_invalid"
     assert await world.keys() == []
 
 

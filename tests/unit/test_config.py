@@ -35,11 +35,12 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "unready_s": (0, 300),
     "headers_max": (16, 1000),
     "connections_max": (8, 1_000_000),
-    "outbox_degraded_s": (1, DAYS_366),
 }
 #: Above 0, and at most 300.
 TIMEOUTS = (
     "request_timeout_s",
+    "header_timeout_s",
+    "keep_alive_s",
     "drain_s",
     "start_timeout_s",
     "database_timeout_s",
@@ -164,6 +165,35 @@ def test_lists_are_separated_by_commas(required: dict[str, str]) -> None:
     )
     assert settings.trusted_proxies == tuple(map(ip_network, ("10.0.0.0/8", "fd00::/8", "192.0.2.7/32")))
     assert settings.kafka_bootstrap_servers == ("a:9092", "b:9092")
+
+
+@pytest.mark.parametrize("origin", ["https://app.example.com", "http://localhost:3000", "http://[::1]:8080"])
+def test_an_exact_origin_is_taken(required: dict[str, str], origin: str) -> None:
+    assert parse_settings(required | {"AUTHD_CORS_ORIGINS": f"{origin}, https://b.example"}).cors_origins == (
+        origin,
+        "https://b.example",
+    )
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "*",
+        "null",
+        "app.example.com",
+        "https://*.example.com",
+        "https://app.example.com/",
+        "https://App.example.com",
+        "https://app.example.com:443",
+        "http://app.example.com:80",
+        "https://user@app.example.com",
+        "ftp://app.example.com",
+        "https://app.example.com https://b.example",
+    ],
+)
+def test_what_no_browser_would_send_as_an_origin_is_refused(required: dict[str, str], origin: str) -> None:
+    [sentence] = complaints(required | {"AUTHD_CORS_ORIGINS": origin})
+    assert sentence.startswith("AUTHD_CORS_ORIGINS takes exact origins")
 
 
 def test_the_environment_wins_over_the_file(required: dict[str, str], tmp_path) -> None:

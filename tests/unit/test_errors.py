@@ -18,18 +18,12 @@ from authd.errors import (
     RegistrationLimited,
     Unavailable,
 )
-from authd.http import app, protocol, server, wire
+from authd.http import app, protocol, wire
 from authd.http.problems import PROBLEMS, deadline_response, refusal_response
 
 PARTS = ("user_store", "session_store", "hashing", "deadline")
 #: What the edge says itself, without a refusal of the domain.
-OF_THE_EDGE = {
-    "internal_error",
-    "malformed_request",
-    *app._HTTP_CODES.values(),
-    *protocol._DETAILS,
-    server.FULL,
-}
+OF_THE_EDGE = {"internal_error", "malformed_request", "connections_full", *app._HTTP_CODES.values(), *protocol._DETAILS}
 WITH_ARGUMENTS = {
     MalformedRequest,
     InvalidRequest,
