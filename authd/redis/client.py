@@ -7,10 +7,10 @@ frozen Redis runs abandoned commands when it wakes, and no state may change that
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import anyio
@@ -51,6 +51,8 @@ _AWAY = (
 _REFUSED = (redis_errors.RedisError,)
 
 _RUN_ID = re.compile(rb"run_id:([0-9a-f]+)")
+T = TypeVar("T")
+
 _INCLUDE = re.compile(r"^-- include: (\w+)$", re.MULTILINE)
 
 
@@ -107,49 +109,62 @@ class RedisClient:
 
     async def read(self, script: AsyncScript, keys: Sequence[str], *arguments: Any) -> Any:
         """Run a script that may also run late or twice, since that does no harm."""
-        async with self._turn(keys[0]):
-            return await script(keys, arguments)
+        return await self._call(keys[0], script(keys, arguments))
 
     async def decide(self, script: AsyncScript, bucket: int, keys: Sequence[str], *arguments: Any) -> list[Any]:
         """Run a script whose first argument is its deadline in ms of Redis's time, and whose reply begins with a status
         and Redis's time. The caller never sees the status `late`.
         """
         deadline_ms = int((time.monotonic() + self._timeout_s) * 1000)
-        async with self._turn(keys[0]):
-            # The first call on a bucket, and the first after its clock jumped ahead, comes late and learns the clock.
-            for _ in range(2):
-                clock_ms = self._clock_ms.get(bucket, -deadline_ms)
-                reply: list[Any] = await script(keys, (deadline_ms + clock_ms, *arguments))
-                self._clock_ms[bucket] = int(reply[1]) - int(time.monotonic() * 1000)
-                if reply[0] != b"late":
-                    return reply
+        return await self._call(keys[0], self._decide(script, bucket, keys, deadline_ms, arguments))
+
+    async def _decide(
+        self, script: AsyncScript, bucket: int, keys: Sequence[str], deadline_ms: int, arguments: Sequence[Any]
+    ) -> list[Any]:
+        # The first call on a bucket, and the first after its clock jumped ahead, comes late and learns the clock.
+        for _ in range(2):
+            clock_ms = self._clock_ms.get(bucket, -deadline_ms)
+            reply: list[Any] = await script(keys, (deadline_ms + clock_ms, *arguments))
+            self._clock_ms[bucket] = int(reply[1]) - int(time.monotonic() * 1000)
+            if reply[0] != b"late":
+                return reply
         raise Unavailable("session_store")
 
     async def command(self, name: str, key: str, *arguments: Any) -> Any:
         """Run one command on one key."""
-        async with self._turn(key):
-            return await self._client.execute_command(name, key, *arguments)
+        return await self._call(key, self._client.execute_command(name, key, *arguments))
 
     async def commands(self, name: str, keys: Sequence[str]) -> list[Any]:
         """Run one command on each key, in one pipeline for each node."""
-        async with self._turn(keys[0]):
-            pipeline = self._client.pipeline(transaction=False)
-            for key in keys:
-                pipeline.execute_command(name, key)
-            return list(await pipeline.execute())
+        pipeline = self._client.pipeline(transaction=False)
+        for key in keys:
+            pipeline.execute_command(name, key)
+        return list(await self._call(keys[0], pipeline.execute()))
 
     async def ping(self) -> None:
-        async with self._turn(self.key(0, "")):
-            await self._client.ping()
+        await self._call(self.key(0, ""), self._client.ping())
 
-    @asynccontextmanager
-    async def _turn(self, key: str) -> AsyncGenerator[None, None]:
+    async def _call(self, key: str, call: Awaitable[T]) -> T:
+        """The result of one call, under the deadline and the breaker of the key's part. Without context managers: this
+        is in the way of every request.
+        """
+        breaker = self._breaker(key)
         try:
-            with self._breaker(key).call(_AWAY), anyio.fail_after(self._timeout_s):
+            breaker.enter()
+            with anyio.CancelScope(deadline=anyio.current_time() + self._timeout_s):
                 async with self._turns:
-                    yield
-        except (*_AWAY, *_REFUSED) as error:
+                    result = await call
+                breaker.succeeded()
+                return result
+            raise TimeoutError
+        except _AWAY as error:
+            breaker.failed()
             raise Unavailable("session_store") from error
+        except _REFUSED as error:
+            raise Unavailable("session_store") from error
+        finally:
+            if isinstance(call, Coroutine):
+                call.close()  # where it was never begun
 
     def _breaker(self, key: str) -> Breaker:
         # In a cluster a bucket stands for the node that holds it: one that is away must not cost the others' users.
