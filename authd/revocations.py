@@ -202,6 +202,12 @@ class RevocationFeed:
         applied = self._applied.get(bucket, 0)
         while True:
             head, rows = await self._revocations.after(bucket, applied)
+            if applied > head:
+                # Read after Redis's number was known, so no race: Postgres was restored from an older backup, and its
+                # next rows would have numbers that Redis has passed. Redis begins again; endings may repeat.
+                _log.error("redis_ahead_of_log", bucket=bucket, applied=applied, head=head)
+                applied = (await self._store.skip(bucket, applied, 0)).number
+                continue
             if not rows and applied < head:
                 applied = (await self._store.skip(bucket, applied, head)).number
             for row in rows:
@@ -210,7 +216,7 @@ class RevocationFeed:
                     _log.debug("revocations_moved", bucket=bucket, expected=before, found=applied)
                     break
             self._applied[bucket] = applied
-            if applied >= head:
+            if applied == head:
                 self.learn(bucket, head)
                 return
 

@@ -262,3 +262,15 @@ async def test_an_ending_that_redis_decided_is_logged_although_nobody_waits(
         return len(values) == len(ids) and {value[0] for value in values.values()} == {LOGGED}
 
     await until(is_applied)
+
+
+async def test_a_redis_that_is_ahead_of_a_restored_postgres_misses_no_ending(make_world: MakeWorld) -> None:
+    world = await make_world()
+    user = await world.register()
+    pair = await world.open(user)
+    bucket = user.id % BUCKETS
+    await world.raw.set(world.redis.key(bucket, "applied"), 100)
+    await world.sessions.logout(pair.access_token, "all")
+    assert await world.bearer(pair.access_token) == "token_invalid"
+    assert await world.outcome(pair.refresh_token) == "session_ended"
+    assert int(await world.raw.get(world.redis.key(bucket, "applied"))) == 1
