@@ -28,6 +28,7 @@ from authd.health import Health
 from authd.http.app import App
 from authd.http.credentials import make_credentials
 from authd.http.oauth import make_oauth
+from authd.http.openapi import make_openapi
 from authd.http.operations import make_operations
 from authd.http.server import HttpServer
 from authd.kafka.producer import Producer
@@ -112,6 +113,7 @@ async def _serve(
             make_credentials(settings, accounts, sessions),
             make_oauth(settings, ClientRegistry(remembered.clients), TokenDesk(mint, sessions)),
             make_operations(settings, health, ring),
+            make_openapi(settings.issuer),
         ],
     )
     _log.info("trusted_proxies", networks=[str(network) for network in settings.trusted_proxies])
