@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 
 import email_validator
@@ -10,10 +11,12 @@ import msgspec
 from email_validator import EmailNotValidError, validate_email
 
 from authd.config import BUCKETS
-from authd.errors import InvalidRequest, UsernameTaken
-from authd.hasher import Hasher
+from authd.errors import InvalidRequest, RegistrationLimited, Unavailable, UsernameTaken
+from authd.hasher import Admission, Hasher
 from authd.passwords import check_password
 from authd.postgres.users import User, Users
+from authd.redis.throttle import Throttle, network_of
+from authd.weak_passwords import WeakPasswords
 
 #: RFC 5321: the longest path, less its angle brackets.
 USERNAME_CHARS_MAX = 254
@@ -57,35 +60,57 @@ def username_key(username: str) -> str:
 
 
 class Accounts:
-    def __init__(self, users: Users, hasher: Hasher, on_outbox: Callable[[int], None]) -> None:
+    def __init__(self, users: Users, hasher: Hasher, throttle: Throttle, on_outbox: Callable[[int], None]) -> None:
         """`on_outbox` is called with each lane that got rows, after the commit."""
         self._users = users
         self._hasher = hasher
+        self._throttle = throttle
+        self._weak_passwords = WeakPasswords()
         self._on_outbox = on_outbox
 
-    async def register(self, username: str, password: str, full_name: str) -> Profile:
-        """Add a user; its event is promised in the same transaction.
+    async def register(self, username: str, password: str, full_name: str, address: str) -> Profile:
+        """Add a user; its event is promised in the same transaction. `address`: the client's.
 
         :raises InvalidRequest: naming each unusable field.
         :raises UsernameTaken: also for another spelling of a registered e-mail.
+        :raises RegistrationLimited: without a hash.
         :raises Unavailable:
         """
         username = username.strip()
         complaints = {
             "username": _check_username(username),
-            "password": check_password(password),
+            "password": check_password(password) or self._weak_passwords.check(password, username),
             "full_name": _check_full_name(full_name),
         }
         errors = {field: complaint for field, complaint in complaints.items() if complaint}
         if errors:
             raise InvalidRequest(errors)
         # Hashed before the name is looked up: a taken name costs the same as a new one.
-        password_hash = await self._hasher.hash(password)
+        password_hash = await self._hash(password, address)
         user = await self._users.insert(username, username_key(username), full_name, password_hash)
         if user is None:
             raise UsernameTaken
         self._on_outbox(user.id % BUCKETS)
         return make_profile(user.id, user.username, user.full_name, user.created_at)
+
+    async def _hash(self, password: str, address: str) -> str:
+        """The hash, which counts among the address's registrations whatever becomes of it: names that are taken, too.
+        While Redis is away nothing is counted, and the hasher's own bounds hold.
+        """
+        with suppress(Unavailable):
+            locked_s = await self._throttle.registrations_locked_s(address)
+            if locked_s is not None:
+                raise RegistrationLimited(locked_s)
+
+        async def admit() -> Admission:
+            with suppress(Unavailable):
+                locked = await self._throttle.count_registration(address)
+                if locked is not None:
+                    raise RegistrationLimited(locked.retry_after_s)
+            return Admission.HASH
+
+        # No account's name has a NUL.
+        return await self._hasher.hash(password, admit=admit, share=f"\0{network_of(address)}")
 
 
 def _fold(text: str) -> str:

@@ -1,6 +1,9 @@
-"""The commands that look at a deployment or change a user."""
+"""The commands that look at a deployment or change something in it."""
 
+import math
 import sys
+import time
+from collections.abc import Iterable, Sequence
 
 import anyio
 
@@ -10,12 +13,20 @@ from authd.config import Settings
 from authd.errors import Unavailable
 from authd.kafka.producer import Producer
 from authd.keys import KeyKeeper
+from authd.passwords import COST_MAX, verify_password
 from authd.postgres.database import open_database
 from authd.postgres.migrate import migrate as run_migrations
+from authd.postgres.outbox import PARKED_ROWS
 from authd.redis.client import open_redis
 from authd.revocations import RevocationFeed
 from authd.runtime import running
 from authd.stores import PostgresStores, RedisStores
+
+#: What a guess may cost whoever has stolen the hashes, and what a login is worth waiting for.
+HASH_TARGET_S = 0.25
+#: OWASP's floor for bcrypt, also on a slow machine.
+PROPOSED_COST_MIN = 10
+MEASURED_COST, MEASURED_HASHES = 8, 5
 
 
 async def migrate(settings: Settings) -> int:
@@ -36,8 +47,14 @@ async def check(settings: Settings) -> int:
                 status = 1
                 _say(f"{part}: away: {error.__cause__!r}")
     _say(f"Kafka: {await _check_kafka(settings)}")
-    proxies = ", ".join(map(str, settings.trusted_proxies)) or "none: the client's address is the socket's"
-    _say(f"Trusted proxies: {proxies}")
+    if settings.trusted_proxies:
+        proxies = ", ".join(map(str, settings.trusted_proxies))
+        _say(
+            f"Trusted proxies: {proxies}: of their X-Forwarded-For or Forwarded, the rightmost hop that is none of them"
+        )
+    else:
+        _say("Trusted proxies: none: the client's address is the socket's, whatever the headers say")
+    _say(_measure_hashing(settings))
     return status
 
 
@@ -57,6 +74,23 @@ async def disable_user(settings: Settings, username: str) -> int:
 
 async def enable_user(settings: Settings, username: str) -> int:
     return await _set_disabled(settings, username, disabled=False)
+
+
+async def unlock_user(settings: Settings, username: str, address: str | None) -> int:
+    """Forget the failures of the account, and of its pair with the address. What stays locked is said."""
+    account = username_key(username)
+    async with open_redis(settings) as redis:
+        throttle = RedisStores(settings, redis).throttle
+        forgiven = await throttle.forgive(account, address)
+        _say(f"Account: forgot {forgiven.account} failures.")
+        if address is None:
+            _say("Pairs of address and account cannot be listed: name one with --address to unlock it, too.")
+            return 0
+        _say(f"Pair with {address}: forgot {forgiven.pair} failures.")
+        locked_s = await throttle.locked_s(address, account)
+    if locked_s is not None:
+        _say(f"{address} itself is locked for {locked_s} s more, for its failures on any accounts.")
+    return 0
 
 
 async def add_client(settings: Settings, name: str) -> int:
@@ -96,6 +130,42 @@ async def rotate_keys(settings: Settings) -> int:
     return 0
 
 
+async def list_outbox(settings: Settings) -> int:
+    """What waits, and a line for each event that is set aside; never its value, which is about a person."""
+    async with open_database(settings) as database:
+        outbox = PostgresStores(settings, database).outbox
+        backlog, parked = await outbox.backlog(), await outbox.parked()
+    _say(f"waiting: {backlog.events}, the oldest for {backlog.oldest_s:.0f} s")
+    _say(f"set aside: {backlog.parked}")
+    for row in parked:
+        _say(
+            f"{row.id}  {row.type}  channel={row.channel}  user={row.user_id}  attempts={row.attempts}"
+            f"  error={row.last_error}  age={row.age_s:.0f}s"
+        )
+    if backlog.parked > len(parked):
+        _say(f"These are the {PARKED_ROWS} oldest.")
+    return 0
+
+
+async def retry_outbox(settings: Settings, ids: Sequence[int] | None) -> int:
+    """Give events that were set aside their attempts again; None: all of them."""
+    async with open_database(settings) as database:
+        unparked = await PostgresStores(settings, database).outbox.unpark(ids)
+    for row_id in sorted(unparked.retried):
+        _say(f"{row_id}  waits for the broker again")
+    for row_id in sorted(unparked.overtaken):
+        _say(f"{row_id}  dropped: its revocation is over, or a newer one says more")
+    return _complain_of_missing(ids or [], {*unparked.retried, *unparked.overtaken})
+
+
+async def drop_outbox(settings: Settings, ids: Sequence[int]) -> int:
+    async with open_database(settings) as database:
+        dropped = await PostgresStores(settings, database).outbox.drop(ids)
+    for row_id in sorted(dropped):
+        _say(f"{row_id}  dropped")
+    return _complain_of_missing(ids, set(dropped))
+
+
 async def _set_disabled(settings: Settings, username: str, *, disabled: bool) -> int:
     async with open_database(settings) as database, open_redis(settings) as redis:
         stores = PostgresStores(settings, database)
@@ -122,6 +192,28 @@ async def _check_kafka(settings: Settings) -> str:
             await producer.wait_connected()
             return "answers"
     return "away: events wait in the outbox"
+
+
+def _complain_of_missing(wanted: Iterable[int], found: set[int]) -> int:
+    missing = sorted(set(wanted) - found)
+    return _complain(f"Not set aside: {', '.join(map(str, missing))}.") if missing else 0
+
+
+def _measure_hashing(settings: Settings) -> str:
+    """What a login costs here, and the cost that comes nearest to HASH_TARGET_S."""
+    samples_s = []
+    for _ in range(MEASURED_HASHES):
+        start = time.perf_counter()
+        verify_password("", None, MEASURED_COST)
+        samples_s.append(time.perf_counter() - start)
+    # The fastest: others on the machine only slow a hash down. Each step of the cost doubles it.
+    round_s = min(samples_s) / 2**MEASURED_COST
+    proposed = min(max(PROPOSED_COST_MIN, round(math.log2(HASH_TARGET_S / round_s))), COST_MAX)
+    took_ms, proposed_ms = (1000 * round_s * 2**cost for cost in (settings.bcrypt_cost, proposed))
+    return (
+        f"Hashing: cost {settings.bcrypt_cost} takes {took_ms:.0f} ms on one thread;"
+        f" proposed: AUTHD_BCRYPT_COST={proposed} ({proposed_ms:.0f} ms)"
+    )
 
 
 def _no_user(more: str = "") -> int:

@@ -10,13 +10,17 @@ from authd.config import Settings
 from authd.events import (
     Event,
     EventType,
-    SessionChanged,
+    SessionEnded,
     SessionsEnded,
     TokenRevoked,
     UserChanged,
     UserRegistered,
 )
 from authd.tokens import encode_base64url
+
+#: How much longer a revocation is announced than access tokens live: for the clocks of the replicas, and for a refresh
+#: that was under way when its session ended.
+ANNOUNCED_MORE_S = 60
 
 #: The events that happen once to a session get the same id however often they are recorded.
 _NAMESPACE = uuid.UUID("b1d7e1d0-6b0c-4a52-9d2e-5d0b8a9c1f47")
@@ -29,12 +33,12 @@ class EventFactory:
 
     def __init__(self, settings: Settings) -> None:
         self._is_told = bool(settings.kafka_bootstrap_servers)
-        self._access_ttl = timedelta(seconds=settings.access_ttl_s)
+        self._announced_for = timedelta(seconds=settings.access_ttl_s + ANNOUNCED_MORE_S)
 
     @property
-    def access_ttl(self) -> timedelta | None:
+    def announced_for(self) -> timedelta | None:
         """How long a revocation is announced; None where it is not."""
-        return self._access_ttl if self._is_told else None
+        return self._announced_for if self._is_told else None
 
     def user_registered(self, user_id: int, username: str, full_name: str, created_at: datetime) -> list[Event]:
         value = UserRegistered(
@@ -56,7 +60,7 @@ class EventFactory:
 
     def session_ended(self, user_id: int, session_id: bytes, reason: str) -> list[Event]:
         sid = encode_base64url(session_id)
-        value = SessionChanged(user_id=user_id, session_id=sid, reason=reason, occurred_at=_now())
+        value = SessionEnded(user_id=user_id, session_id=sid, reason=reason, occurred_at=_now())
         return self.told("session.ended", user_id, value)
 
     def sessions_ended(self, user_id: int, epoch: int, reason: str) -> list[Event]:
@@ -72,7 +76,7 @@ class EventFactory:
             session_id=None if session_id is None else encode_base64url(session_id),
             epoch=epoch,
             reason=reason,
-            until=(datetime.now(UTC) + self._access_ttl).isoformat(timespec="seconds"),
+            until=(datetime.now(UTC) + self._announced_for).isoformat(timespec="seconds"),
         )
         return [revocation_record(user_id, session_id, msgspec.json.encode(value))]
 

@@ -1,4 +1,4 @@
-"""The commands: serve, dev, migrate, check, users, clients, keys."""
+"""The commands: serve, dev, migrate, check, users, clients, keys, outbox."""
 
 import argparse
 import os
@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Coroutine, Iterator, Sequence
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="say whether the settings are usable and every part answers")
     check.set_defaults(command=lambda _: _run(admin.check))
 
-    users = commands.add_parser("users", help="look at, disable and enable users").add_subparsers(
+    users = commands.add_parser("users", help="look at, disable, enable and unlock users").add_subparsers(
         required=True, metavar="action"
     )
     for name, action, help_text in (
@@ -90,6 +91,15 @@ def _parser() -> argparse.ArgumentParser:
         user = users.add_parser(name, help=help_text)
         user.add_argument("username")
         user.set_defaults(command=lambda options, action=action: _run(partial(action, username=options.username)))
+
+    unlock = users.add_parser("unlock", help="forget the failed logins of a user, and with --address those from there")
+    unlock.add_argument("username")
+    unlock.add_argument("--address", type=ip_address, help="the client's IP address")
+    unlock.set_defaults(
+        command=lambda options: _run(
+            partial(admin.unlock_user, username=options.username, address=options.address and str(options.address))
+        )
+    )
 
     clients = commands.add_parser("clients", help="register services that may ask about tokens").add_subparsers(
         required=True, metavar="action"
@@ -110,7 +120,33 @@ def _parser() -> argparse.ArgumentParser:
     keys.add_parser("rotate", help="add a next key of each kind; it signs AUTHD_KEY_PUBLISH_S later").set_defaults(
         command=lambda _: _run(admin.rotate_keys)
     )
+    _add_outbox(commands)
     return parser
+
+
+def _add_outbox(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    outbox = commands.add_parser("outbox", help="look at the events that wait or were set aside").add_subparsers(
+        required=True, metavar="action"
+    )
+    outbox.add_parser("list", help="how many wait, since when, and those set aside").set_defaults(
+        command=lambda _: _run(admin.list_outbox)
+    )
+    retry = outbox.add_parser("retry", help="try events that were set aside again")
+    which = retry.add_mutually_exclusive_group(required=True)
+    which.add_argument("ids", nargs="*", type=_row_id, default=[], metavar="id")
+    which.add_argument("--all", action="store_true", help="all of them")
+    retry.set_defaults(
+        command=lambda options: _run(partial(admin.retry_outbox, ids=None if options.all else options.ids))
+    )
+    drop = outbox.add_parser("drop", help="delete events that were set aside, unsent")
+    drop.add_argument("ids", nargs="+", type=_row_id, metavar="id")
+    drop.set_defaults(command=lambda options: _run(partial(admin.drop_outbox, ids=options.ids)))
+
+
+def _row_id(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is no id")
+    return int(text)
 
 
 def _serve(options: argparse.Namespace) -> int:

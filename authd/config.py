@@ -100,6 +100,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     kafka_username: str = ""
     kafka_password: Secret = Secret("")
     kafka_ca_file: str = ""
+    outbox_degraded_s: Seconds = 300
     stream_max: Count = 10_000
 
     # Tokens and sessions

@@ -6,6 +6,7 @@ be full, a task cancelled, or the process killed at any point: an event is then 
 
 import math
 from collections.abc import Sequence
+from datetime import timedelta
 
 import anyio
 import msgspec
@@ -18,7 +19,7 @@ from authd.errors import Unavailable
 from authd.events import Event
 from authd.kafka.producer import END_TIMEOUT_S, Backoff, BrokerAway, Producer, RecordRefused
 from authd.observe import metrics
-from authd.postgres.outbox import LANE_ROWS, Outbox, OutboxRow
+from authd.postgres.outbox import LANE_ROWS, Lane, Outbox, OutboxRow
 
 #: Also the longest time that an event waits for a lane that another replica held when it was offered.
 SWEEP_S = 2.0
@@ -29,11 +30,12 @@ LANE_SEND_S = 5.0
 FLUSH_S = 4.0
 PROBE_DELAY_MIN_S = 0.2
 PROBE_DELAY_MAX_S = 5.0
-#: A user whose next event was refused is left out for this long.
-HOLD_MIN_S = 1.0
-HOLD_MAX_S = 300.0
-#: Users remembered as held; beyond it the one held longest is tried again early.
-HELD_USERS_MAX = 1000
+#: A row that the broker refuses so often is set aside.
+TRIES_MAX = 5
+#: How long a refused row waits for its second try, and doubled for each further one: 15 s in all, and a sweep each.
+RETRY_FIRST_S = 1.0
+#: How long a row waits that only a newer replica can send.
+POSTPONE_S = 5.0
 #: One of so many pooled connections may wait for Kafka: the rest are for requests.
 POOL_SHARE = 4
 
@@ -70,7 +72,6 @@ class Publisher:
         self._trouble: str | None = None
         self._probe_at = 0.0
         self._probe_backoff = Backoff(PROBE_DELAY_MIN_S, PROBE_DELAY_MAX_S)
-        self._held: dict[int, _Hold] = {}
 
     def offer(self, lane: int) -> None:
         """Look into this lane soon. Never blocks or raises; what a full or closed queue drops, a sweep finds."""
@@ -81,7 +82,6 @@ class Publisher:
         """Send lanes until drained or cancelled. Ready at once: the stores may come later."""
         async with create_task_group() as helpers:
             helpers.start_soon(self._sweep)
-            helpers.start_soon(self._measure)
             async with create_task_group() as senders:
                 for _ in range(self._senders):
                     senders.start_soon(self._send_lanes)
@@ -115,17 +115,6 @@ class Publisher:
                     await self._changed.wait()
                 self.offer(lane)
             await anyio.sleep(SWEEP_S)
-
-    async def _measure(self) -> None:
-        while True:
-            try:
-                backlog = await self._outbox.backlog()
-            except Unavailable as error:
-                metrics.unavailable.labels(error.part).inc()
-            else:
-                metrics.outbox_events.set(backlog.events)
-                metrics.outbox_oldest_seconds.set(backlog.oldest_s)
-            await anyio.sleep(MEASURE_S)
 
     async def _send_lanes(self) -> None:
         while (lane := await self._take_lane()) is not None:
@@ -171,20 +160,23 @@ class Publisher:
     async def _send_lane(self, lane: int) -> None:
         outcome = _Outcome()
         try:
-            async with self._outbox.lane(lane, self._lane_timeout_s, self._held_users(lane)) as held:
+            async with self._outbox.lane(lane, self._lane_timeout_s) as held:
                 # None: another replica sends it. It may have looked before our row was there; the sweeper will tell.
                 if held is not None and held.rows:
                     await self._send_rows(held.rows, outcome)
-                    if outcome.acknowledged:
-                        await held.delete(outcome.acknowledged)
+                    await self._settle(held, outcome)
                     outcome.has_more |= len(held.rows) == LANE_ROWS
         except Unavailable as error:
             metrics.unavailable.labels(error.part).inc()
             self._give_up(lane, "postgres_away", error.code)
             return
-        if outcome.away is not None:
+        for refusal in outcome.refused:
+            _tell_refusal(refusal)
+        # A refusal ends the producer, and so what it had under way of other users: that says nothing of the broker.
+        if outcome.away is not None and not outcome.refused:
             self._give_up(lane, "broker_away", str(outcome.away))
             return
+        outcome.has_more |= outcome.away is not None
         # An empty lane says that Postgres is back, and nothing of the broker.
         if self._trouble == "postgres_away" or (self._trouble is not None and outcome.has_answer):
             _log.info("publisher_recovered", trouble=self._trouble)
@@ -210,28 +202,39 @@ class Publisher:
             if anyio.current_time() >= min(stop_at, self._stop_at):
                 outcome.has_more = True
                 return
+            topic = self._topics.get(row.event.channel)
+            if topic is None:
+                # Written by a newer replica during a roll-out, which will send it.
+                outcome.postponed.append(row.id)
+                return
             try:
-                await self._send(row.event)
+                await self._send(row.event, topic)
             except BrokerAway as error:
                 outcome.away = error
                 return
             except RecordRefused as error:
                 # The user's later rows stay behind it: sent ahead, they would arrive out of order.
                 outcome.has_answer = True
-                self._hold(row.event, str(error))
+                outcome.refused.append(_Refusal(row, str(error)))
                 return
             outcome.has_answer = True
             outcome.acknowledged.append(row.id)
-            self._held.pop(row.event.user_id, None)
             metrics.events_published.labels(row.event.type).inc()
 
-    async def _send(self, event: Event) -> None:
-        topic = self._topics.get(event.channel)
-        if topic is None:
-            # Written by a newer replica during a roll-out: it waits until that one sends it.
-            raise RecordRefused("unknown channel")
+    async def _send(self, event: Event, topic: str) -> None:
         key = self._registration_key if event.key is None else event.key
         await self._producer.send(event, topic, key.encode())
+
+    async def _settle(self, held: Lane, outcome: "_Outcome") -> None:
+        """Write down what became of the rows, in the lane's transaction."""
+        if outcome.acknowledged:
+            await held.delete(outcome.acknowledged)
+        for row_id in outcome.postponed:
+            await held.postpone(row_id, timedelta(seconds=POSTPONE_S))
+        for refusal in outcome.refused:
+            retry_s = refusal.retry_s
+            await held.refuse(refusal.row.id, refusal.reason, None if retry_s is None else timedelta(seconds=retry_s))
+            outcome.has_more |= retry_s is None  # the user's later rows may go
 
     def _push(self, lane: int) -> None:
         if len(self._offered) < self._queue_max:
@@ -250,39 +253,79 @@ class Publisher:
         _log.warning("lane_given_up", lane=lane, trouble=trouble, reason=reason)
         self._push(lane)
 
-    def _hold(self, event: Event, reason: str) -> None:
-        """Leave the user out for a while, so that a refused event is tried now and then and keeps up nobody else."""
-        hold = self._held.pop(event.user_id, None) or _Hold(Backoff(HOLD_MIN_S, HOLD_MAX_S), 0.0)
-        delay_s = hold.backoff.next_s()
-        if len(self._held) >= HELD_USERS_MAX:
-            del self._held[next(iter(self._held))]
-        self._held[event.user_id] = _Hold(hold.backoff, anyio.current_time() + delay_s)
-        metrics.publish_failures.labels("refused").inc()
-        _log.error(
-            "event_refused",
-            event_id=str(event.id),
-            event_type=event.type,
-            user_id=event.user_id,
-            reason=reason,
-            retry_s=round(delay_s, 1),
-        )
 
-    def _held_users(self, lane: int) -> list[int]:
-        now = anyio.current_time()
-        return [user for user, hold in self._held.items() if user % BUCKETS == lane and hold.until > now]
+class _Refusal(msgspec.Struct, frozen=True):
+    """A row that the broker will not take, and its name for that."""
+
+    row: OutboxRow
+    reason: str
+
+    @property
+    def retry_s(self) -> float | None:
+        """How long the row waits for its next try; None where this was the last."""
+        if self.row.attempts + 1 >= TRIES_MAX:
+            return None
+        return RETRY_FIRST_S * float(2**self.row.attempts)
 
 
 class _Outcome(msgspec.Struct):
     """What became of a lane's rows. `has_answer`: the broker said something of at least one."""
 
     acknowledged: list[int] = []
+    refused: list[_Refusal] = []
+    postponed: list[int] = []
     away: BrokerAway | None = None
     has_answer: bool = False
     has_more: bool = False
 
 
-class _Hold(msgspec.Struct):
-    """`until` is in seconds of the event loop's clock."""
+def _tell_refusal(refusal: _Refusal) -> None:
+    row, retry_s = refusal.row, refusal.retry_s
+    fields = {
+        "id": row.id,
+        "event_id": str(row.event.id),
+        "event_type": row.event.type,
+        "channel": row.event.channel,
+        "user_id": row.event.user_id,
+        "reason": refusal.reason,
+        "attempts": row.attempts + 1,
+    }
+    metrics.publish_failures.labels("refused").inc()
+    if retry_s is None:
+        _log.error("event_parked", **fields)
+    else:
+        _log.warning("event_refused", retry_s=retry_s, **fields)
 
-    backoff: Backoff
-    until: float
+
+class OutboxWatch:
+    """Measures what waits in the outbox, with a broker or without one."""
+
+    def __init__(self, settings: Settings, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._degraded_s = settings.outbox_degraded_s
+        #: The age of the oldest event that waits, in seconds, as last measured.
+        self.oldest_s = 0.0
+
+    @property
+    def is_late(self) -> bool:
+        """Whether something has waited longer than `outbox_degraded_s`."""
+        return self.oldest_s > self._degraded_s
+
+    async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
+        """Measure every MEASURE_S until cancelled; ready when that was tried once."""
+        await self._measure()
+        task_status.started()
+        while True:
+            await anyio.sleep(MEASURE_S)
+            await self._measure()
+
+    async def _measure(self) -> None:
+        try:
+            backlog = await self._outbox.backlog()
+        except Unavailable as error:
+            metrics.unavailable.labels(error.part).inc()
+            return
+        self.oldest_s = backlog.oldest_s
+        metrics.outbox_events.set(backlog.events)
+        metrics.outbox_oldest_seconds.set(backlog.oldest_s)
+        metrics.outbox_parked.set(backlog.parked)

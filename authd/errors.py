@@ -71,6 +71,15 @@ class InvalidAccessToken(Refusal):
     detail = "The access token is invalid, expired or revoked."
 
 
+class RegistrationLimited(Refusal):
+    code = "registration_limited"
+    detail = "Too many registrations from this network. Try again later."
+
+    def __init__(self, retry_after_s: int) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__()
+
+
 RefreshRefusalCode = Literal[
     "refresh_token_invalid",
     "refresh_token_expired",

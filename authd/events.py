@@ -44,7 +44,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UserRegistered(msgspec.Struct, frozen=True, kw_only=True):
-    """The value of `user.registered`: these four fields exactly, which consumers validate strictly."""
+    """The value of `user.registered`, on both topics: these four fields exactly, which consumers validate strictly."""
 
     user_id: int
     username: str
@@ -59,15 +59,31 @@ class UserChanged(msgspec.Struct, frozen=True, kw_only=True):
     occurred_at: str
 
 
-class SessionChanged(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`session.opened` (with address and user agent), `session.evicted`, `session.reuse_detected`, `session.ended`."""
+class SessionOpened(msgspec.Struct, frozen=True, kw_only=True):
+    """`session.opened`: a login. `user_agent` is empty where the client told none."""
 
     user_id: int
     session_id: str
     occurred_at: str
-    reason: str = ""
-    address: str = ""
-    user_agent: str = ""
+    address: str
+    user_agent: str
+
+
+class SessionChanged(msgspec.Struct, frozen=True, kw_only=True):
+    """`session.evicted`, `session.reuse_detected`: Redis ended it."""
+
+    user_id: int
+    session_id: str
+    occurred_at: str
+
+
+class SessionEnded(msgspec.Struct, frozen=True, kw_only=True):
+    """`session.ended`: somebody asked for it."""
+
+    user_id: int
+    session_id: str
+    reason: str
+    occurred_at: str
 
 
 class SessionsEnded(msgspec.Struct, frozen=True, kw_only=True):

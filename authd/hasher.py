@@ -25,8 +25,10 @@ from authd.passwords import Effort, effort_to_hash, effort_to_verify, hash_passw
 
 #: A job that has to wait for other attempts is asked again after this.
 ADMISSION_PAUSE_S = 0.05
-#: One account may hold one part in so many of the queue, so that its flood leaves room for the others.
+#: One account may hold one part in so many of a queue, so that its flood leaves room for the others.
 ACCOUNT_SHARE = 4
+#: Known devices are served so often for each time that others are, while both wait.
+KNOWN_TURNS = 3
 #: What the newest measurement weighs in a moving average.
 AVERAGE_WEIGHT = 0.2
 #: Measured once at the start, a few ms, for a first estimate of every cost.
@@ -62,8 +64,10 @@ class Job(Generic[T, R]):
     settle: Callable[[T | None], Awaitable[R]]
     #: Asked when a thread is free for the job.
     admit: Callable[[], Awaitable[Admission]] = _admit_all
-    #: Jobs of one account share a part of the queue.
+    #: Jobs of one account, or of whatever else is named here, share a part of the queue.
     account: str | None = None
+    #: Of a device that proved that it logged in before: it waits in a queue of its own, and is served first.
+    is_known: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -81,13 +85,16 @@ class _Entry:
 
 
 class Hasher:
-    """Hashes on a bounded number of threads, fed from a bounded queue, by tasks that outlive the requests.
+    """Hashes on a bounded number of threads, fed from two bounded queues, by tasks that outlive the requests.
 
     A request only waits. When its client hangs up, a waiting job is dropped, while a running one keeps its thread until
     it ends and is settled: else hang-ups could start more hashes than there are threads, or guess uncounted.
 
-    All methods raise `Unavailable("hashing")`: at once when the queue, or the account's part of it, is full or when the
-    work ahead will take longer than `hash_deadline_s`; and when a job was not admitted that long after it came.
+    Known devices wait in one queue, all others in the other: a flood of guesses fills the latter, and the former is
+    served KNOWN_TURNS times as often while both have jobs.
+
+    All methods raise `Unavailable("hashing")`: at once when the job's queue, or its account's part of it, is full or
+    when the work ahead will take longer than `hash_deadline_s`; and when a job was not admitted within that time.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -95,7 +102,7 @@ class Hasher:
         self._threads = settings.hash_threads_per_worker
         self._deadline_s = settings.hash_deadline_s
         self._limiter = CapacityLimiter(self._threads)
-        self._queue = _Queue(settings.hash_queue_max)
+        self._queues = _Queues(settings.hash_queue_max)
         self._times = _Times()
         self._in_hand: set[_Entry] = set()
         self._arrival = Event()
@@ -113,13 +120,15 @@ class Hasher:
                 task_status.started()
         finally:
             self._is_open = False
-            for entry in self._queue.clear():
-                self._answer(entry, error=self._refusal("stopped"))
+            for entry in self._queues.clear():
+                self._answer(entry, error=self._refusal("stopped", entry.job))
 
-    async def hash(self, password: str) -> str:
-        """`hash_password` with the configured cost."""
-        effort = effort_to_hash(password, self._cost)
-        return await self.run_job(Job(effort=effort, work=partial(hash_password, password, self._cost), settle=_keep))
+    async def hash(
+        self, password: str, *, admit: Callable[[], Awaitable[Admission]] = _admit_all, share: str | None = None
+    ) -> str:
+        """`hash_password` with the configured cost. `admit` and `share`: a job's `admit` and `account`."""
+        effort, work = effort_to_hash(password, self._cost), partial(hash_password, password, self._cost)
+        return await self.run_job(Job(effort=effort, work=work, settle=_keep, admit=admit, account=share))
 
     async def verify(self, password: str, stored: str | None) -> bool:
         """`verify_password` with the configured cost. `stored` is None for an unknown user."""
@@ -135,27 +144,27 @@ class Hasher:
                 await entry.done.wait()
         finally:
             entry.asker_left = not entry.done.is_set()
-            if self._queue.discard(entry):
-                # The deadline's own refusal is counted below.
-                metrics.hash_refused.labels("deadline" if entry.scope.cancel_called else "left").inc()
+            if self._queues.of(job).discard(entry):
+                _count_refusal("deadline" if entry.scope.cancel_called else "left", job)
         if entry.asker_left:
-            raise self._busy()
+            raise self._busy(job)
         if entry.error is not None:
             raise entry.error
         return cast(R, entry.result)
 
     def _enqueue(self, job: Job[Any, Any]) -> _Entry:
+        queue = self._queues.of(job)
         if not self._is_open:
-            raise self._refusal("stopped")
-        if self._queue.is_full:
-            raise self._refusal("full")
-        if self._queue.is_share_used(job.account):
-            raise self._refusal("account_share")
-        if self._wait_s() > self._deadline_s:
-            raise self._refusal("estimate")
+            raise self._refusal("stopped", job)
+        if queue.is_full:
+            raise self._refusal("full", job)
+        if queue.is_share_used(job.account):
+            raise self._refusal("account_share", job)
+        if self._wait_s(job) > self._deadline_s:
+            raise self._refusal("estimate", job)
         now = anyio.current_time()
         entry = _Entry(job, now, CancelScope(deadline=now + self._deadline_s))
-        self._queue.add(entry)
+        queue.add(entry)
         self._arrival.set()
         self._arrival = Event()
         return entry
@@ -172,22 +181,22 @@ class Hasher:
     async def _next(self) -> _Entry:
         while True:
             await checkpoint()
-            entry = self._queue.take(anyio.current_time())
+            entry = self._queues.take(anyio.current_time())
             if entry is not None:
                 return entry
-            with CancelScope(deadline=self._queue.paused_until):
+            with CancelScope(deadline=self._queues.paused_until):
                 await self._arrival.wait()
 
     async def _serve(self, entry: _Entry) -> None:
         try:
             admission = await entry.job.admit()
         except Exception as error:
-            metrics.hash_refused.labels("not_admitted").inc()
+            _count_refusal("not_admitted", entry.job)
             return self._answer(entry, error=error)
         if admission is Admission.HASH:
             return await self._hash_and_settle(entry)
         if not entry.asker_left:
-            self._queue.pause(entry, anyio.current_time() + ADMISSION_PAUSE_S)
+            self._queues.of(entry.job).pause(entry, anyio.current_time() + ADMISSION_PAUSE_S)
         return None
 
     async def _hash_and_settle(self, entry: _Entry) -> None:
@@ -195,11 +204,11 @@ class Hasher:
         result: Any = None
         error: Exception | None = None
         if entry.asker_left:
-            metrics.hash_refused.labels("left").inc()
+            _count_refusal("left", entry.job)
         else:
             entry.scope.deadline = math.inf
             entry.started_at = anyio.current_time()
-            metrics.hash_wait_seconds.observe(entry.started_at - entry.queued_at)
+            metrics.hash_wait_seconds.labels(_queue_name(entry.job)).observe(entry.started_at - entry.queued_at)
             try:
                 value, seconds = await self._timed(entry.job.work)
                 self._times.add(entry.job.effort, seconds)
@@ -225,38 +234,86 @@ class Hasher:
         if error is not None and entry.asker_left:
             _log.warning("hash_job_failed_unheard", exc_info=error)
 
-    def _wait_s(self) -> float:
-        """Seconds until a thread is free for a job that comes now."""
+    def _wait_s(self, job: Job[Any, Any]) -> float:
+        """Seconds until a thread is free for a job that comes now, if none comes after it."""
         now = anyio.current_time()
         running = (self._times.of(entry.job.effort) - max(0.0, now - entry.started_at) for entry in self._in_hand)
-        waiting = (self._times.of(effort) * count for effort, count in self._queue.efforts.items())
-        return (sum(max(0.0, left) for left in running) + sum(waiting)) / self._threads
+        waiting = self._queues.work_ahead_s(job, self._times)
+        return (sum(max(0.0, left) for left in running) + waiting) / self._threads
 
-    def _refusal(self, reason: str) -> Unavailable:
-        metrics.hash_refused.labels(reason).inc()
-        return self._busy()
+    def _refusal(self, reason: str, job: Job[Any, Any]) -> Unavailable:
+        _count_refusal(reason, job)
+        return self._busy(job)
 
-    def _busy(self) -> Unavailable:
-        return Unavailable("hashing", max(1, math.ceil(self._wait_s())))
+    def _busy(self, job: Job[Any, Any]) -> Unavailable:
+        return Unavailable("hashing", max(1, math.ceil(self._wait_s(job))))
 
 
 async def _keep(value: T | None) -> T:
     return cast(T, value)
 
 
+def _queue_name(job: Job[Any, Any]) -> str:
+    return "known" if job.is_known else "others"
+
+
+def _count_refusal(reason: str, job: Job[Any, Any]) -> None:
+    metrics.hash_refused.labels(reason, _queue_name(job)).inc()
+
+
+class _Queues:
+    """The queue of known devices and that of all others."""
+
+    def __init__(self, size_max: int) -> None:
+        self._known = _Queue("known", size_max)
+        self._others = _Queue("others", size_max)
+        self._known_in_a_row = 0
+
+    def of(self, job: Job[Any, Any]) -> "_Queue":
+        return self._known if job.is_known else self._others
+
+    @property
+    def paused_until(self) -> float:
+        return min(self._known.paused_until, self._others.paused_until)
+
+    def take(self, now: float) -> _Entry | None:
+        is_others_turn = self._known_in_a_row >= KNOWN_TURNS
+        for queue in (self._others, self._known) if is_others_turn else (self._known, self._others):
+            entry = queue.take(now)
+            if entry is not None:
+                self._known_in_a_row = min(self._known_in_a_row + 1, KNOWN_TURNS) if entry.job.is_known else 0
+                return entry
+        return None
+
+    def work_ahead_s(self, job: Job[Any, Any], times: "_Times") -> float:
+        """Seconds of hashing for all that is served before a job that comes now."""
+        mine, other = (self._known, self._others) if job.is_known else (self._others, self._known)
+        turns = 1 / KNOWN_TURNS if job.is_known else KNOWN_TURNS
+        passing = math.ceil((len(mine) + 1) * turns)
+        part = min(1.0, passing / len(other)) if len(other) else 0.0
+        return mine.work_s(times) + part * other.work_s(times)
+
+    def clear(self) -> list[_Entry]:
+        return self._known.clear() + self._others.clear()
+
+
 class _Queue:
     """The entries that wait, in order; those told to wait stand aside, and come back at the end."""
 
-    def __init__(self, size_max: int) -> None:
+    def __init__(self, name: str, size_max: int) -> None:
+        self.name = name
         self._size_max = size_max
         self._ready: OrderedDict[_Entry, None] = OrderedDict()
         self._paused: OrderedDict[_Entry, float] = OrderedDict()
         self._accounts: Counter[str] = Counter()
-        self.efforts: Counter[Effort] = Counter()
+        self._efforts: Counter[Effort] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._ready) + len(self._paused)
 
     @property
     def is_full(self) -> bool:
-        return len(self._ready) + len(self._paused) >= self._size_max
+        return len(self) >= self._size_max
 
     @property
     def paused_until(self) -> float:
@@ -264,6 +321,9 @@ class _Queue:
 
     def is_share_used(self, account: str | None) -> bool:
         return account is not None and self._accounts[account] >= max(1, self._size_max // ACCOUNT_SHARE)
+
+    def work_s(self, times: "_Times") -> float:
+        return sum(times.of(effort) * count for effort, count in self._efforts.items())
 
     def add(self, entry: _Entry) -> None:
         self._ready[entry] = None
@@ -299,8 +359,8 @@ class _Queue:
         return entries
 
     def _count(self, entry: _Entry, change: int) -> None:
-        metrics.hash_waiting.inc(change)
-        counts: list[tuple[Counter[Any], Any]] = [(self.efforts, entry.job.effort)]
+        metrics.hash_waiting.labels(self.name).inc(change)
+        counts: list[tuple[Counter[Any], Any]] = [(self._efforts, entry.job.effort)]
         if entry.job.account is not None:
             counts.append((self._accounts, entry.job.account))
         for counter, key in counts:

@@ -16,10 +16,13 @@ _log = structlog.get_logger()
 
 
 class Report(msgspec.Struct, frozen=True):
-    """`status` is `unready` when a part is away without which requests fail; `degraded` when only events wait."""
+    """`status` is `unready` when a part is away without which requests fail; `degraded` when only events wait: because
+    there is no broker, none is configured, or one takes them too slowly. `events_oldest_s`: how long the oldest has.
+    """
 
     status: Literal["ready", "degraded", "draining", "unready"]
     parts: dict[str, bool]
+    events_oldest_s: int
 
     @property
     def is_ready(self) -> bool:
@@ -27,11 +30,19 @@ class Report(msgspec.Struct, frozen=True):
 
 
 class Health:
-    """`required` parts are probed; each probe raises `Unavailable` within its own deadline. `events` is only asked."""
+    """`required` parts are probed; each probe raises `Unavailable` within its own deadline. `events`, whether they are
+    told in time, and `oldest_s`, how long one waits, are only asked.
+    """
 
-    def __init__(self, required: Mapping[str, Callable[[], Awaitable[object]]], events: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        required: Mapping[str, Callable[[], Awaitable[object]]],
+        events: Callable[[], bool],
+        oldest_s: Callable[[], float] = float,
+    ) -> None:
         self._required = required
         self._events = events
+        self._oldest_s = oldest_s
         self._parts = dict.fromkeys(required, True)
         self.is_draining = False
 
@@ -44,11 +55,12 @@ class Health:
 
     def report(self) -> Report:
         parts = {**self._parts, "events": self._events()}
+        oldest_s = int(self._oldest_s())
         if self.is_draining:
-            return Report("draining", parts)
+            return Report("draining", parts, oldest_s)
         if not all(self._parts.values()):
-            return Report("unready", parts)
-        return Report("ready" if parts["events"] else "degraded", parts)
+            return Report("unready", parts, oldest_s)
+        return Report("ready" if parts["events"] else "degraded", parts, oldest_s)
 
     async def _probe_all(self) -> None:
         async with anyio.create_task_group() as group:

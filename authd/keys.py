@@ -14,6 +14,7 @@ import structlog
 from anyio.abc import TaskStatus
 
 from authd.config import Settings
+from authd.devices import DEVICE_TTL_S
 from authd.errors import Unavailable
 from authd.postgres.keys import Keys, NewKey, StoredKey
 from authd.tokens import (
@@ -79,7 +80,11 @@ class KeyKeeper:
         ring.replace(*self._open(stored))
 
     async def rotate(self) -> list[str]:
-        """Add a next key of each purpose, whatever the age of the current one, and return their ids."""
+        """Add a next key of each purpose, whatever the age of the current one, and return their ids.
+
+        :raises SealedByAnotherSecret: before a key is added that no replica could open.
+        """
+        self._open(await self._keys.load())
         made = [self._make(purpose) for purpose in self.purposes]
         for key in made:
             await self._keys.add(key, self._publish)
@@ -106,7 +111,9 @@ class KeyKeeper:
         """Keys whose successor has been active for longer than any token of theirs lives."""
         over = []
         for key in stored:
-            life_s = self._settings.refresh_ttl_s if key.purpose == MAC else self._settings.access_ttl_s
+            life_s = self._settings.access_ttl_s
+            if key.purpose == MAC:
+                life_s = max(self._settings.refresh_ttl_s, DEVICE_TTL_S)
             successors = [other.active_at for other in stored if _follows(other, key)]
             if successors and min(successors) + timedelta(seconds=life_s) + EXPIRY_MARGIN < _now():
                 over.append(key.id)

@@ -1,10 +1,12 @@
 """Moves the events born in Redis into Postgres: bucket by bucket, exactly what a script recorded, at least once.
 
 A bucket is moved in one transaction under its lock: read the stream, add the rows, commit; only then are the entries
-deleted. What a crash leaves behind is moved again, with the same event ids. Any replica moves any bucket.
+deleted. What a crash leaves behind, and what an older Redis brings back, is moved again with the same event ids. There
+is no mark of how far the stream was read: after a wipe or a failover, ids may begin again below it. Any replica moves
+any bucket.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import anyio
 import structlog
@@ -13,10 +15,10 @@ from anyio.abc import TaskStatus
 from authd.announcements import EventFactory, iso
 from authd.config import BUCKETS
 from authd.errors import Unavailable
-from authd.events import Event, LoginLocked, SessionChanged
+from authd.events import EventType, LoginLocked, SessionChanged, SessionOpened
 from authd.observe import metrics
-from authd.postgres.relay import RelayedBucket, RelayStore
-from authd.postgres.revocations import Revoked
+from authd.postgres.relay import Relayed, RelayStore
+from authd.postgres.revocations import Ending
 from authd.redis.events import EventStreams, StreamEntry
 from authd.redis.sessions import unpack_client
 from authd.revocations import RevocationFeed
@@ -24,14 +26,21 @@ from authd.tokens import encode_base64url
 
 #: Entries moved in one transaction.
 ENTRIES_MAX = 200
-TASKS = 2
+TASKS = 4
 #: A script's event is moved this long after it was recorded, together with those that came meanwhile.
 GATHER_S = 0.05
-#: How often all streams are looked at: for those of replicas that died, and after a failure.
-SWEEP_S = 5.0
+#: How often all streams are looked at: for those of replicas that died, for buckets that another replica held, and
+#: after a failure.
+SWEEP_S = 2.0
+#: How long a drain moves what is left.
+DRAIN_S = 3.0
 
-#: The endings that Redis decides, and the reason they have in the log.
-_ENDINGS = {"session.evicted": "evicted", "session.reuse_detected": "reused"}
+#: What scripts record about sessions; those that ended one with the reason that the log has for it.
+_SESSION_EVENTS: dict[str, tuple[EventType, str | None]] = {
+    "session.opened": ("session.opened", None),
+    "session.evicted": ("session.evicted", "evicted"),
+    "session.reuse_detected": ("session.reuse_detected", "reused"),
+}
 
 _log = structlog.get_logger()
 
@@ -51,14 +60,16 @@ class EventRelay:
         self._events = events
         self._feed = feed
         self._on_outbox = on_outbox
-        self._offered: set[int] = set()
-        self._send, self._receive = anyio.create_memory_object_stream[int](BUCKETS)  # each bucket at most once
+        # Buckets to look into and from when on, soonest first. A bucket stands here once, however often it is offered.
+        self._due: dict[int, float] = {}
+        self._busy: set[int] = set()
+        self._changed = anyio.Event()
 
     def offer(self, bucket: int) -> None:
-        """Look into this bucket soon. Never blocks or raises."""
-        if bucket not in self._offered:
-            self._offered.add(bucket)
-            self._send.send_nowait(bucket)
+        """Look into this bucket soon. Never blocks or raises; what is offered when nobody listens, a sweep finds."""
+        if bucket not in self._due:
+            self._due[bucket] = anyio.current_time() + GATHER_S
+            self._notify()
 
     async def run(self, *, task_status: TaskStatus[None]) -> None:
         """Ready at once: what waits in the streams waits safely."""
@@ -69,33 +80,60 @@ class EventRelay:
             task_status.started()
 
     async def drain(self) -> None:
-        """Move what is there now, after the last request. What does not get through now is moved by the next sweep of
-        any replica.
+        """Move what is there now, after the last request, for at most DRAIN_S. What does not get through now is moved
+        by a sweep of any replica.
         """
-        try:
-            for bucket in await self._streams.filled():
-                await self._move(bucket)
-        except Unavailable as error:
-            _log.warning("events_not_relayed", part=error.part)
+        with anyio.move_on_after(DRAIN_S):
+            try:
+                filled = await self._streams.filled()
+            except Unavailable as error:
+                _log.warning("events_not_relayed", part=error.part)
+                return
+            for bucket in filled:
+                self.offer(bucket)
+            while self._due or self._busy:
+                await self._changed.wait()
 
     async def _move_buckets(self) -> None:
-        async for bucket in self._receive:
-            await anyio.sleep(GATHER_S)
-            self._offered.discard(bucket)
+        while True:
+            bucket = await self._take()
             try:
                 await self._move(bucket)
-            except Unavailable as error:  # the sweep comes back to it
+            except Unavailable as error:
                 _log.warning("events_not_relayed", bucket=bucket, part=error.part)
+                if error.part == "user_store":
+                    self._due.clear()  # the others would fare no better; the sweep comes back to all
+            finally:
+                self._busy.discard(bucket)
+                self._notify()
+
+    async def _take(self) -> int:
+        """The next bucket that is due, marked busy: another task would only find it locked."""
+        while True:
+            bucket = next((bucket for bucket in self._due if bucket not in self._busy), None)
+            if bucket is None:
+                await self._changed.wait()
+            elif (wait_s := self._due[bucket] - anyio.current_time()) > 0:
+                await anyio.sleep(wait_s)
+            else:
+                del self._due[bucket]
+                self._busy.add(bucket)
+                return bucket
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
 
     async def _sweep(self) -> None:
         while True:
             try:
                 filled = await self._streams.filled()
-            except Unavailable:
-                filled = {}
-            metrics.relay_waiting.set(sum(filled.values()))
-            for bucket in filled:
-                self.offer(bucket)
+            except Unavailable as error:
+                metrics.unavailable.labels(error.part).inc()
+            else:
+                metrics.relay_waiting.set(sum(filled.values()))
+                for bucket in filled:
+                    self.offer(bucket)
             await anyio.sleep(SWEEP_S)
 
     async def _move(self, bucket: int) -> None:
@@ -103,45 +141,71 @@ class EventRelay:
         async with self._store.bucket(bucket) as locked:
             if locked is None:
                 return
-            entries = await self._streams.read(bucket, ENTRIES_MAX)
-            revoked = await self._add(locked, entries)
+            entries, is_full = await self._read(bucket)
+            revoked = await locked.add([relayed for _, relayed in entries])
+        for user_id in {relayed.user_id for _, relayed in entries}:
+            self._on_outbox(user_id % BUCKETS)
         if entries:
-            await self._streams.delete(bucket, [entry.id for entry in entries])
-            for entry in entries:
-                metrics.events_relayed.labels(entry.kind).inc()
-            for user_id in {int(entry.fields["u"]) for entry in entries}:
-                self._on_outbox(user_id % BUCKETS)
+            await self._streams.delete(bucket, [entry.id for entry, _ in entries])
+        for entry, _ in entries:
+            metrics.events_relayed.labels(entry.kind).inc()
+        if is_full:
+            self.offer(bucket)
         if revoked is not None:
             await self._feed.applied(revoked.bucket, revoked.number)
-        if len(entries) == ENTRIES_MAX:
-            self.offer(bucket)
 
-    async def _add(self, locked: RelayedBucket, entries: Sequence[StreamEntry]) -> Revoked | None:
-        revoked = None
-        for entry in entries:
-            await locked.add_events(self._event(entry))
-            if entry.kind in _ENDINGS:
-                user_id, reason = int(entry.fields["u"]), _ENDINGS[entry.kind]
-                revoked = await locked.end_session(user_id, entry.fields["s"], reason) or revoked
-        return revoked
+    async def _read(self, bucket: int) -> tuple[list[tuple[StreamEntry, Relayed]], bool]:
+        """The bucket's oldest entries and what they become, and whether there are more. What a newer replica recorded
+        stays for it, and is looked past.
+        """
+        after = ""
+        while True:
+            entries = await self._streams.read(bucket, ENTRIES_MAX, after)
+            all_relayed = [(entry, self._relayed(entry)) for entry in entries]
+            known = [(entry, relayed) for entry, relayed in all_relayed if relayed is not None]
+            if len(known) < len(entries):
+                _log.warning("events_not_understood", bucket=bucket, count=len(entries) - len(known))
+            is_full = len(entries) == ENTRIES_MAX
+            if known or not is_full:
+                return known, is_full
+            after = entries[-1].id
 
-    def _event(self, entry: StreamEntry) -> list[Event]:
-        user_id, occurred_at = int(entry.fields["u"]), iso(entry.at_ms)
-        if entry.kind == "login.locked":
-            lock = LoginLocked(
-                user_id=user_id or None,
-                address=entry.fields["a"].decode(),
-                counter=entry.fields["k"].decode(),
-                occurred_at=occurred_at,
-            )
-            return self._events.told("login.locked", user_id, lock, once=f"{entry.id}:{lock.counter}:{lock.address}")
-        session_id = encode_base64url(entry.fields["s"])
-        client = unpack_client(entry.fields["c"]) if "c" in entry.fields else None
-        change = SessionChanged(
-            user_id=user_id,
-            session_id=session_id,
-            occurred_at=occurred_at,
-            address=client.address if client else "",
-            user_agent=client.user_agent if client else "",
+    def _relayed(self, entry: StreamEntry) -> Relayed | None:
+        """What the entry becomes; None where its kind or form is not one of this version."""
+        try:
+            if entry.kind == "login.locked":
+                return self._login_locked(entry)
+            if entry.kind in _SESSION_EVENTS:
+                return self._session_changed(entry, *_SESSION_EVENTS[entry.kind])
+        except (KeyError, ValueError, IndexError):
+            pass
+        return None
+
+    def _login_locked(self, entry: StreamEntry) -> Relayed:
+        user_id = int(entry.fields["u"])
+        lock = LoginLocked(
+            user_id=user_id or None,
+            address=entry.fields["a"].decode(),
+            counter=entry.fields["k"].decode(),
+            occurred_at=iso(entry.at_ms),
         )
-        return self._events.told(entry.kind, user_id, change, once=session_id)  # type: ignore[arg-type]
+        once = f"{entry.id}:{lock.counter}:{lock.address}"
+        return Relayed(user_id, self._events.told("login.locked", user_id, lock, once=once), None)
+
+    def _session_changed(self, entry: StreamEntry, kind: EventType, reason: str | None) -> Relayed:
+        user_id, session_id, occurred_at = int(entry.fields["u"]), entry.fields["s"], iso(entry.at_ms)
+        sid = encode_base64url(session_id)
+        change: SessionOpened | SessionChanged
+        if kind == "session.opened":
+            client = unpack_client(entry.fields["c"])
+            change = SessionOpened(
+                user_id=user_id,
+                session_id=sid,
+                occurred_at=occurred_at,
+                address=client.address,
+                user_agent=client.user_agent,
+            )
+        else:
+            change = SessionChanged(user_id=user_id, session_id=sid, occurred_at=occurred_at)
+        ending = None if reason is None else Ending(user_id, session_id, reason)
+        return Relayed(user_id, self._events.told(kind, user_id, change, once=sid), ending)

@@ -35,16 +35,17 @@ class _Job:
 
     def __init__(self) -> None:
         self._done = anyio.Event()
-        self._failed = False
+        self._failure: Unavailable | None = None
 
-    def finish(self, *, failed: bool) -> None:
-        self._failed = failed
+    def finish(self, failure: Unavailable | None = None) -> None:
+        self._failure = failure
         self._done.set()
 
     async def wait(self) -> None:
         await self._done.wait()
-        if self._failed:
-            raise Unavailable("session_store")
+        if self._failure is not None:
+            # One of its own for each who waits: what it is raised through is written into an exception.
+            raise Unavailable(self._failure.part) from self._failure
 
 
 class _CatchUp(_Job):
@@ -179,7 +180,7 @@ class RevocationFeed:
                 _log.warning("revocation_not_logged", user_id=job.user_id, reason=job.reason, retry_in_s=delay_s)
                 await anyio.sleep(delay_s)
                 delay_s = min(2 * delay_s, RETRY_MAX_S)
-        job.finish(failed=False)
+        job.finish()
         # The tombstone holds already; this only moves the bucket's mark, so that no script has to wait for it.
         if row is not None:
             self._on_outbox(row.bucket)
@@ -190,9 +191,9 @@ class RevocationFeed:
             await self._apply_missing(job.bucket)
         except Unavailable as error:
             _log.warning("revocations_not_applied", bucket=job.bucket, part=error.part)
-            job.finish(failed=True)
+            job.finish(error)
         else:
-            job.finish(failed=False)
+            job.finish()
         finally:
             if self._catching.get(job.bucket) is job:
                 del self._catching[job.bucket]
@@ -201,6 +202,12 @@ class RevocationFeed:
         applied = self._applied.get(bucket, 0)
         while True:
             head, rows = await self._revocations.after(bucket, applied)
+            if applied > head:
+                # Read after Redis's number was known, so no race: Postgres was restored from an older backup, and its
+                # next rows would have numbers that Redis has passed. Redis begins again; endings may repeat.
+                _log.error("redis_ahead_of_log", bucket=bucket, applied=applied, head=head)
+                applied = (await self._store.skip(bucket, applied, 0)).number
+                continue
             if not rows and applied < head:
                 applied = (await self._store.skip(bucket, applied, head)).number
             for row in rows:
@@ -209,7 +216,7 @@ class RevocationFeed:
                     _log.debug("revocations_moved", bucket=bucket, expected=before, found=applied)
                     break
             self._applied[bucket] = applied
-            if applied >= head:
+            if applied == head:
                 self.learn(bucket, head)
                 return
 

@@ -20,7 +20,8 @@ import structlog
 from authd.accounts import Accounts
 from authd.clients import ClientRegistry, TokenDesk
 from authd.config import Settings
-from authd.delivery import FLUSH_S, Publisher
+from authd.delivery import FLUSH_S, OutboxWatch, Publisher
+from authd.devices import DeviceMint
 from authd.errors import Unavailable
 from authd.hasher import Hasher
 from authd.health import Health
@@ -81,6 +82,7 @@ async def _serve(
     hasher = Hasher(settings)
     producer = Producer(settings) if settings.kafka_bootstrap_servers else None
     publisher = Publisher(settings, remembered.outbox, producer) if producer is not None else None
+    outbox = OutboxWatch(settings, remembered.outbox)
 
     def offer_lane(lane: int) -> None:
         if publisher is not None:
@@ -88,7 +90,7 @@ async def _serve(
 
     feed = RevocationFeed(remembered.revocations, decided.sessions, offer_lane)
     relay = EventRelay(decided.streams, remembered.relay, remembered.events, feed, offer_lane)
-    passwords = PasswordCheck(settings, remembered.users, decided.throttle, hasher)
+    passwords = PasswordCheck(settings, remembered.users, decided.throttle, hasher, DeviceMint(ring))
     sessions = Sessions(
         mint,
         remembered.users,
@@ -101,21 +103,24 @@ async def _serve(
     )
     health = Health(
         {"user_store": database.ping, "session_store": redis.ping},
-        events=lambda: producer is not None and producer.connected,
+        events=lambda: producer is not None and producer.connected and not outbox.is_late,
+        oldest_s=lambda: outbox.oldest_s,
     )
-    accounts = Accounts(remembered.users, hasher, offer_lane)
+    accounts = Accounts(remembered.users, hasher, decided.throttle, offer_lane)
     app = App(
         settings,
         [
             make_credentials(settings, accounts, sessions),
             make_oauth(settings, ClientRegistry(remembered.clients), TokenDesk(mint, sessions)),
-            make_operations(health, ring),
+            make_operations(settings, health, ring),
             make_openapi(settings.issuer),
         ],
     )
+    _log.info("trusted_proxies", networks=[str(network) for network in settings.trusted_proxies])
     async with AsyncExitStack() as tree:
         await tree.enter_async_context(running(partial(keeper.follow, ring)))
         await tree.enter_async_context(running(feed.run))
+        await tree.enter_async_context(running(outbox.run))
         if producer is not None and publisher is not None:
             await tree.enter_async_context(running(producer.run))
             await tree.enter_async_context(running(publisher.run, last=publisher.drain))

@@ -6,6 +6,7 @@ answers `Behind`, the missing rows are applied first and the script is asked aga
 
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -67,6 +68,15 @@ class TokenPair(msgspec.Struct, frozen=True, kw_only=True):
         return "TokenPair(***)"
 
 
+class LoginPair(TokenPair, frozen=True, kw_only=True):
+    """What a login answers. `device_token`: to be sent along with this device's next login; it opens nothing."""
+
+    device_token: str
+
+    def __repr__(self) -> str:
+        return "LoginPair(***)"
+
+
 class SessionView(msgspec.Struct, frozen=True, kw_only=True):
     """A session as its user sees it. Times: ISO 8601 with offset."""
 
@@ -101,14 +111,15 @@ class Sessions:
         self._feed = feed
         self._on_event = on_event
 
-    async def login(self, username: str, password: str, client: Client) -> TokenPair:
+    async def login(self, username: str, password: str, client: Client, device_token: str = "") -> LoginPair:
         """Open a session for whoever knows the password.
 
         :raises InvalidCredentials, LoginLocked, Unavailable: see `PasswordCheck.check`.
         :raises SessionLimit: only with the policy `refuse`.
         """
-        user = await self._passwords.check(username, password, client.address)
-        return await self._open(user, client)
+        checked = await self._passwords.check(username, password, client.address, device_token)
+        pair = await self._open(checked.user, client)
+        return LoginPair(**msgspec.structs.asdict(pair), device_token=checked.device_token)
 
     async def refresh(self, refresh_token: str, client: Client) -> TokenPair:
         """Exchange a refresh token for its successor, once; see session_rotate.lua.
@@ -149,7 +160,8 @@ class Sessions:
         if user is None or user.disabled:
             raise InvalidAccessToken
         profile = profile_of(user)
-        await self._cache.store(user.id, user.version, msgspec.json.encode(profile))
+        with suppress(Unavailable):  # a Redis without memory reads, and caches nothing
+            await self._cache.store(user.id, user.version, msgspec.json.encode(profile))
         return profile
 
     async def list_own(self, access_token: str) -> list[SessionView]:

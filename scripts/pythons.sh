@@ -24,3 +24,17 @@ find_python() {
     echo "authd needs Python 3.11, 3.12 or 3.13" >&2
     return 1
 }
+
+# Makes .venv with authd and the stores it can bring along, or brings it up to date.
+ensure_venv() {
+    if ! python_runs .venv/bin/python; then
+        use_pyenv_pythons
+        local python
+        python="$(find_python)"
+        "$python" -m venv --clear .venv
+    fi
+    if ! cmp -s pyproject.toml .venv/installed.toml; then
+        .venv/bin/python -m pip install --quiet --editable '.[dev]'
+        cp pyproject.toml .venv/installed.toml
+    fi
+}

@@ -9,16 +9,17 @@ import pytest
 import uvloop
 from blockbuster import blockbuster_ctx
 
-pytest_plugins = ["stores", "service_process", "service.world"]
+pytest_plugins = ["stores", "service_process", "service.world", "fault.parts"]
 
 TESTS = Path(__file__).parent
 LOOP_GUARDED = {"unit", "service"}
 #: What a process does once and then has in memory: imports inside libraries, redis-py's look at its own version, and
-#: the scripts.
+#: the scripts and the list of common passwords.
 ONCE = (
     ("<frozen importlib._bootstrap>", "_find_and_load"),
     ("importlib/metadata/__init__.py", "version"),
     ("authd/redis/client.py", "load_script"),
+    ("authd/weak_passwords.py", "__init__"),
 )
 INTERNET = {socket.AF_INET, socket.AF_INET6}
 

@@ -47,6 +47,8 @@ DATABASE_PASSWORD = "canary-of-the-database"
 TRACEBACK = re.compile(r'Traceback|"exception"\s*:|"event"\s*:\s*"fault"')
 
 T = TypeVar("T")
+#: A service client's id and secret.
+Credentials = tuple[str, str]
 
 
 async def eventually(look: Callable[[], Awaitable[T] | T], within_s: float = 15.0) -> T:
@@ -116,6 +118,14 @@ class Api(httpx.AsyncClient):
 
     async def me(self, access_token: str) -> httpx.Response:
         return await self.get("/auth/me", headers=self.bearer(access_token))
+
+    async def introspect(self, credentials: Credentials, token: str, **more: str) -> httpx.Response:
+        self._known.add(token)
+        return await self.post("/auth/introspect", data={"token": token, **more}, auth=credentials)
+
+    async def revoke(self, credentials: Credentials, token: str, **more: str) -> httpx.Response:
+        self._known.add(token)
+        return await self.post("/auth/revoke", data={"token": token, **more}, auth=credentials)
 
     def bearer(self, access_token: str) -> dict[str, str]:
         self._known.add(access_token)
@@ -273,6 +283,15 @@ class ServiceProcess:
         )
         return subprocess.CompletedProcess(arguments, done.returncode, done.stdout.decode(), done.stderr.decode())
 
+    async def new_client(self, name: str = "shop") -> Credentials:
+        """Register a service, as an operator does."""
+        added = await self.run("clients", "add", name)
+        assert (added.returncode, added.stderr) == (0, "")
+        found = re.fullmatch(r"client_id=(\S+)\nclient_secret=(\S+)\n", added.stdout)
+        assert found, added.stdout
+        self.secrets.add(found[2])
+        return found[1], found[2]
+
     async def query(self, statement: str, *arguments: object) -> list[dict[str, Any]]:
         """Ask its database, past authd."""
         connection = await asyncpg.connect(self.database_url, timeout=5)
@@ -369,12 +388,17 @@ class Services:
 
 @pytest.fixture(scope="session")
 async def services(postgres_server: PostgresServer, redis_server: RedisServer) -> AsyncIterator[Services]:
-    template = f"e2e-template-{uuid.uuid4().hex[:16]}"
-    url = await postgres_server.create_database(template)
-    names = {"AUTHD_DATABASE_URL": url, "AUTHD_REDIS_URL": redis_server.url, "AUTHD_SECRET": "s" * 32}
-    await migrate(parse_settings(names))
+    template = await make_template(postgres_server, redis_server)
     yield Services(postgres_server, redis_server, template)
     await postgres_server.drop_database(template)
+
+
+async def make_template(postgres: PostgresServer, redis: RedisServer) -> str:
+    """The name of a migrated, empty database."""
+    template = f"e2e-template-{uuid.uuid4().hex[:16]}"
+    url = await postgres.create_database(template)
+    await migrate(parse_settings({"AUTHD_DATABASE_URL": url, "AUTHD_REDIS_URL": redis.url, "AUTHD_SECRET": "s" * 32}))
+    return template
 
 
 @pytest.fixture(scope="module")

@@ -24,14 +24,16 @@ def make_credentials(settings: Settings, accounts: Accounts, sessions: Sessions)
     @routes.post("/register")
     async def register() -> Response:
         body = await read_json(request, RegisterRequest)
-        profile = await accounts.register(body.username, body.password, body.full_name or "")
+        client = find_client(request, settings.trusted_proxies)
+        profile = await accounts.register(body.username, body.password, body.full_name or "", client.address)
         return json_response(profile, 201)
 
     @routes.post("/login")
     async def login() -> Response:
         form = await read_form(request, "username", "password")
         client = find_client(request, settings.trusted_proxies)
-        return _tokens(await sessions.login(form["username"], form["password"], client))
+        device_token = form.get("device_token") or request.headers.get("X-Device-Token", "")
+        return _tokens(await sessions.login(form["username"], form["password"], client, device_token))
 
     @routes.post("/refresh_token")
     async def refresh_token() -> Response:

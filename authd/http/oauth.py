@@ -61,7 +61,8 @@ def make_metadata(issuer: str) -> dict[str, Any] | None:
         token_endpoint=f"{base}/auth/login",
         token_endpoint_auth_methods_supported=["none"],
         grant_types_supported=["password"],
-        response_types_supported=[],
+        # Required, and never empty (RFC 8414). There is no authorization endpoint that could answer with another.
+        response_types_supported=["none"],
         jwks_uri=f"{base}/.well-known/jwks.json",
         introspection_endpoint=f"{base}/auth/introspect",
         introspection_endpoint_auth_methods_supported=CLIENT_AUTHENTICATION,

@@ -14,7 +14,7 @@ from authd.health import Report
 from authd.http.problems import MEDIA_TYPE, PROBLEMS
 from authd.http.wire import LogoutRequest, RefreshRequest, RegisterRequest, SessionsReply, StatusReply, json_response
 from authd.passwords import PASSWORD_BYTES_MAX, PASSWORD_CHARS_MIN
-from authd.sessions import LogoutScope, TokenPair
+from authd.sessions import LoginPair, LogoutScope, TokenPair
 
 OPENAPI_MAX_AGE_S = 300
 
@@ -108,11 +108,11 @@ ANYWHERE = (
 _BODY = ("malformed_request", "unsupported_media_type", "invalid_request", "body_too_large", "body_timeout")
 _STORES = ("user_store_unavailable", "session_store_unavailable")
 _BEARER = ("token_missing", "token_invalid", *_STORES)
-_REGISTER = (*_BODY, "username_taken", "login_busy", "user_store_unavailable")
+_REGISTER = (*_BODY, "username_taken", "registration_limited", "login_busy", "user_store_unavailable")
 _LOGIN = (*_BODY, "invalid_credentials", "login_locked", "session_limit", "login_busy", *_STORES)
 _REFRESH = (
     *(*_BODY, "refresh_token_invalid", "refresh_token_expired", "refresh_token_superseded", "refresh_token_reused"),
-    *("session_ended", "session_evicted", "user_disabled", *_STORES),
+    *("session_ended", "session_evicted", "user_disabled", "session_limit", *_STORES),
 )
 _LOGOUT = (*_BODY, *_BEARER)
 _END = (*_BEARER, "session_unknown", "not_found")
@@ -137,7 +137,7 @@ class Route(msgspec.Struct, frozen=True):
 
 ROUTES = (
     Route("post", "/auth/register", "Add a user", Profile, _REGISTER, RegisterRequest, status=201),
-    Route("post", "/auth/login", "Open a session", TokenPair, _LOGIN, LoginForm, _FORM),
+    Route("post", "/auth/login", "Open a session", LoginPair, _LOGIN, LoginForm, _FORM),
     Route("post", "/auth/refresh_token", "Exchange a refresh token", TokenPair, _REFRESH, RefreshRequest),
     Route("post", "/auth/logout", "End all sessions, or some", StatusReply, _LOGOUT, LogoutRequest, security="bearer"),
     Route("get", "/auth/sessions", "Where the user is logged in", SessionsReply, _BEARER, security="bearer"),

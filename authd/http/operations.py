@@ -6,6 +6,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, 
 from prometheus_client.multiprocess import MultiProcessCollector
 from quart import Blueprint, Response
 
+from authd.config import Settings
 from authd.health import Health
 from authd.http.wire import StatusReply, json_response
 from authd.tokens import KeyRing
@@ -13,8 +14,10 @@ from authd.tokens import KeyRing
 JWKS_MAX_AGE_S = 300
 
 
-def make_operations(health: Health, ring: KeyRing) -> Blueprint:
+def make_operations(settings: Settings, health: Health, ring: KeyRing) -> Blueprint:
     routes = Blueprint("operations", __name__)
+    # A verifier that keeps to it has read a key again before that signs.
+    jwks_max_age_s = min(JWKS_MAX_AGE_S, settings.key_publish_s // 2)
 
     @routes.get("/livez")
     async def livez() -> Response:
@@ -36,7 +39,7 @@ def make_operations(health: Health, ring: KeyRing) -> Blueprint:
     @routes.get("/.well-known/jwks.json")
     async def jwks() -> Response:
         response = json_response(ring.jwks())
-        response.headers["Cache-Control"] = f"public, max-age={JWKS_MAX_AGE_S}"
+        response.headers["Cache-Control"] = f"public, max-age={jwks_max_age_s}"
         return response
 
     return routes

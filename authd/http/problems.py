@@ -26,6 +26,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "username_taken": (409, "Username taken"),
     "invalid_credentials": (401, "Invalid credentials"),
     "login_locked": (429, "Login locked"),
+    "registration_limited": (429, "Registration limited"),
     "token_missing": (401, "Authentication required"),
     "token_invalid": (401, "Invalid access token"),
     "refresh_token_invalid": (401, "Invalid refresh token"),

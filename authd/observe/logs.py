@@ -1,15 +1,16 @@
 """Structured logs: one JSON object a line, to standard error and to a file that is rotated daily.
 
-The event loop only puts lines into a bounded queue; a thread writes them. No secret is ever passed to a logger; what
-the libraries say goes the same way.
+The event loop only appends lines to a bounded buffer; a thread writes what has gathered, a few times a second: a thread
+that is woken for each line costs a request more than all else that authd does for it. No secret is ever passed to a
+logger; what the libraries say goes the same way.
 """
 
 import atexit
 import logging
-import queue
 import sys
-from collections.abc import Callable
-from logging.handlers import QueueHandler, QueueListener, TimedRotatingFileHandler
+import threading
+from collections import deque
+from logging.handlers import TimedRotatingFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,69 @@ import structlog
 from authd.config import ConfigError, Settings
 
 LOG_FILE = "auth_service.log"
-#: Lines that wait for a slow disk; more are dropped rather than kept in memory or waited for.
-QUEUE_LINES_MAX = 20_000
+#: Lines that wait for a slow disk; beyond, the oldest are dropped rather than kept in memory or waited for.
+BUFFER_LINES_MAX = 20_000
+WRITE_INTERVAL_S = 0.1
 #: Libraries whose information is noise at ours.
 _QUIET = ("aiokafka", "asyncio", "hypercorn", "kafka", "quart")
 
 
-class _DroppingQueueHandler(QueueHandler):
-    """Never blocks, never prints a traceback about logging."""
+class LineWriter:
+    """Gathers lines and writes them from a thread of its own. `debug` to `critical` are structlog's way in."""
 
-    def enqueue(self, record: logging.LogRecord) -> None:
+    def __init__(self, handlers: list[logging.Handler]) -> None:
+        self._handlers = handlers
+        self._lines: deque[str] = deque(maxlen=BUFFER_LINES_MAX)
+        self._dropped = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="logs", daemon=True)
+        self._thread.start()
+
+    def write(self, line: str) -> None:
+        self._dropped += len(self._lines) == BUFFER_LINES_MAX
+        self._lines.append(line)
+
+    debug = info = warning = error = critical = write
+
+    def close(self) -> None:
+        """Write what waits, and no more."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(WRITE_INTERVAL_S):
+            self._flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        lines = []
+        while self._lines:
+            lines.append(self._lines.popleft())
+        dropped, self._dropped = self._dropped, 0
+        if dropped:
+            lines.append(f'{{"event":"log_lines_dropped","level":"error","lines":{dropped}}}')
+        if lines:
+            # One record for all of them: the handlers rotate, write and flush once.
+            record = logging.LogRecord("authd", logging.INFO, "", 0, "\n".join(lines), None, None)
+            for handler in self._handlers:
+                handler.handle(record)
+
+
+class _LibraryHandler(logging.Handler):
+    """What the libraries log becomes the same kind of line."""
+
+    def __init__(self, writer: LineWriter) -> None:
+        super().__init__()
+        self._writer = writer
+
+    def emit(self, record: logging.LogRecord) -> None:
         try:
-            self.queue.put_nowait(record)
-        except queue.Full:
-            return
+            self._writer.write(self.format(record))
+        except Exception:  # a library's broken log call is no fault of the service
+            self._writer.write(f'{{"event":"unreadable_log_record","logger":"{record.name}"}}')
+
+
+_writer: LineWriter | None = None
 
 
 def start_logs(settings: Settings, worker: int | None = 0) -> None:
@@ -40,7 +90,11 @@ def start_logs(settings: Settings, worker: int | None = 0) -> None:
 
     :raises ConfigError: when the folder of the log file cannot be written.
     """
+    global _writer
     level = getattr(logging, settings.log_level.upper())
+    files = [] if worker is None else [_file_handler(settings, worker)]
+    _writer = LineWriter([logging.StreamHandler(sys.stderr), *files])
+    atexit.register(flush_logs)
     renderer = structlog.processors.JSONRenderer(serializer=_encode)
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -48,53 +102,32 @@ def start_logs(settings: Settings, worker: int | None = 0) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
     ]
+    writer = _writer
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.stdlib.LoggerFactory(),
+        logger_factory=lambda *_: writer,
         cache_logger_on_first_use=True,
     )
-    library_lines = structlog.stdlib.ProcessorFormatter(
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer], foreign_pre_chain=shared
+    handler = _LibraryHandler(writer)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer], foreign_pre_chain=shared
+        )
     )
-    lines: queue.Queue[logging.LogRecord] = queue.Queue(QUEUE_LINES_MAX)
-    handler = _DroppingQueueHandler(lines)
-    handler.setFormatter(_Formatter(library_lines))
-    files = [] if worker is None else [_file_handler(settings, worker)]
-    listener = QueueListener(lines, logging.StreamHandler(sys.stderr), *files)
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level)
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
-    listener.start()
-    global _stop
-    _stop = listener.stop
-    atexit.register(flush_logs)
-
-
-_stop: Callable[[], None] | None = None
 
 
 def flush_logs() -> None:
     """Write the lines that wait and stop logging: the last thing a process does."""
-    global _stop
-    if _stop is not None:
-        _stop()
-        _stop = None
-
-
-class _Formatter(logging.Formatter):
-    """Our own lines are rendered already; a library's become the same kind of object."""
-
-    def __init__(self, library_lines: logging.Formatter) -> None:
-        super().__init__()
-        self._library_lines = library_lines
-
-    def format(self, record: logging.LogRecord) -> str:
-        if record.name.partition(".")[0] == "authd":
-            return record.getMessage()
-        return self._library_lines.format(record)
+    global _writer
+    if _writer is not None:
+        _writer.close()
+        _writer = None
 
 
 def _file_handler(settings: Settings, worker: int) -> logging.Handler:

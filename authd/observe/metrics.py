@@ -18,14 +18,19 @@ sessions = Counter("authd_session_outcomes_total", "What the session scripts dec
 revocations_applied = Counter("authd_revocations_applied_total", "Rows of the revocation log applied to Redis.")
 
 hash_seconds = Histogram("authd_hash_seconds", "Time on a hashing thread.", buckets=_REQUEST_BUCKETS)
-hash_wait_seconds = Histogram("authd_hash_wait_seconds", "Time in the hashing queue.", buckets=_REQUEST_BUCKETS)
-hash_waiting = Gauge("authd_hash_waiting", "Jobs in the hashing queue.", multiprocess_mode="livesum")
-hash_refused = Counter("authd_hash_refused_total", "Jobs never hashed, by reason.", ["reason"])
+hash_wait_seconds = Histogram(
+    "authd_hash_wait_seconds", "Time in a hashing queue.", ["queue"], buckets=_REQUEST_BUCKETS
+)
+hash_waiting = Gauge("authd_hash_waiting", "Jobs in a hashing queue.", ["queue"], multiprocess_mode="livesum")
+hash_refused = Counter("authd_hash_refused_total", "Jobs never hashed, by reason and queue.", ["reason", "queue"])
 login_locks = Counter("authd_login_locks_total", "Lockouts set, by what was counted.", ["counter"])
 
 outbox_events = Gauge("authd_outbox_events", "Events that wait for the broker.", multiprocess_mode="mostrecent")
 outbox_oldest_seconds = Gauge(
     "authd_outbox_oldest_seconds", "Age of the oldest event that waits.", multiprocess_mode="mostrecent"
+)
+outbox_parked = Gauge(
+    "authd_outbox_parked", "Events set aside that the broker will not take.", multiprocess_mode="mostrecent"
 )
 events_published = Counter("authd_events_published_total", "Events the broker acknowledged, by type.", ["type"])
 events_dropped = Counter("authd_events_dropped_total", "Events a full stream did not take, by type.", ["type"])

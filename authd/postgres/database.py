@@ -17,17 +17,21 @@ CLOSE_TIMEOUT_S = 2.0
 #: A string: the class is generic only in its type stubs.
 Connection: TypeAlias = "PoolConnectionProxy[asyncpg.Record]"
 
-#: Errors that say "not now": the server is away, going, full, out of disk or read-only after a failover.
+#: Errors that say "not now": the server is away or going.
 _AWAY = (
     OSError,
     TimeoutError,
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
     asyncpg.OperatorInterventionError,
-    asyncpg.InsufficientResourcesError,
-    asyncpg.ReadOnlySQLTransactionError,
     asyncpg.PostgresSystemError,
     asyncpg.InvalidAuthorizationSpecificationError,
+)
+#: Errors of a server that answers: it is full, out of disk, or read-only after a failover. They cost no wait, so they
+#: do not open the breaker, which would refuse the reading requests too.
+_REFUSED = (
+    asyncpg.InsufficientResourcesError,
+    asyncpg.ReadOnlySQLTransactionError,
     asyncpg.DeadlockDetectedError,
 )
 
@@ -67,7 +71,7 @@ class Database:
         try:
             with self._breaker.call(_AWAY):
                 yield
-        except _AWAY as error:
+        except (*_AWAY, *_REFUSED) as error:
             raise Unavailable("user_store") from error
 
 

@@ -3,15 +3,27 @@
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 
+import msgspec
+
 from authd.events import Event
 from authd.postgres.database import Connection, Database
 from authd.postgres.outbox import add_events
 from authd.postgres.queries import load_queries
-from authd.postgres.revocations import RevocationWriter, Revoked
+from authd.postgres.revocations import Ending, RevocationWriter, Revoked
 
 _QUERIES = load_queries("relay.sql")
 #: The first half of the advisory locks' keys; the second is the bucket.
 ADVISORY_LOCKS = 0x61757273
+
+
+class Relayed(msgspec.Struct, frozen=True):
+    """What one entry of a stream becomes: its events, and the ending, if Redis decided one. `user_id` is 0 where it is
+    about no known user.
+    """
+
+    user_id: int
+    events: list[Event]
+    ending: Ending | None
 
 
 class RelayedBucket:
@@ -21,15 +33,15 @@ class RelayedBucket:
         self._connection = connection
         self._writer = writer
 
-    async def add_events(self, events: Sequence[Event]) -> None:
-        await add_events(self._connection, events)
-
-    async def end_session(self, user_id: int, session_id: bytes, reason: str) -> Revoked | None:
-        """Log the ending, unless the request that saw it did. None where the log has it."""
-        await self._connection.execute(_QUERIES["lock_relayed_user"], user_id)
-        if await self._connection.fetchrow(_QUERIES["find_relayed_revocation"], session_id) is not None:
-            return None
-        return await self._writer.end_session(self._connection, user_id, session_id, reason)
+    async def add(self, relayed: Sequence[Relayed]) -> Revoked | None:
+        """Promise the events, and log the endings that the requests which saw them did not: the last row's place, None
+        where the log has them all.
+        """
+        users = {item.user_id for item in relayed} - {0}
+        await self._connection.execute(_QUERIES["lock_relayed_users"], list(users))
+        await add_events(self._connection, [event for item in relayed for event in item.events])
+        endings = [item.ending for item in relayed if item.ending is not None]
+        return await self._writer.end_new(self._connection, endings) if endings else None
 
 
 class RelayStore:

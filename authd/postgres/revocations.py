@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
+import asyncpg
 import msgspec
 
 from authd.announcements import EventFactory, revocation_record
@@ -36,6 +37,14 @@ class Revocation(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: datetime
 
 
+class Ending(msgspec.Struct, frozen=True):
+    """A session that ended."""
+
+    user_id: int
+    session_id: bytes
+    reason: str
+
+
 class RevocationWriter:
     """Adds rows to the log, and what is to be told of them, in a transaction of the caller's, who has locked the user's
     row. `keep`: the longest life of a session.
@@ -45,32 +54,43 @@ class RevocationWriter:
         self._events = events
         self._keep = keep
 
-    async def end_session(self, connection: Connection, user_id: int, session_id: bytes, reason: str) -> Revoked:
-        await add_events(connection, self._events.revoked(user_id, session_id, None, reason))
-        return await self._add(connection, user_id, session_id, None, reason)
+    async def end_sessions(self, connection: Connection, endings: Sequence[Ending]) -> Revoked:
+        """At least one, of users of one bucket; the last row's place."""
+        bucket = endings[0].user_id % BUCKETS
+        told = [self._events.revoked(each.user_id, each.session_id, None, each.reason) for each in endings]
+        await add_events(connection, [event for events in told for event in events])
+        rows = await connection.fetch(
+            _QUERIES["add_session_revocations"],
+            bucket,
+            [each.user_id for each in endings],
+            [each.session_id for each in endings],
+            [each.reason for each in endings],
+            self._keep,
+            self._events.announced_for,
+        )
+        return _place(bucket, rows)
+
+    async def end_new(self, connection: Connection, endings: Sequence[Ending]) -> Revoked | None:
+        """Those that the log has not, once each; the last row's place, None where it has them all."""
+        ids = [each.session_id for each in endings]
+        logged = {row["session_id"] for row in await connection.fetch(_QUERIES["find_session_revocations"], ids)}
+        new = {each.session_id: each for each in endings if each.session_id not in logged}
+        return await self.end_sessions(connection, list(new.values())) if new else None
 
     async def end_all(self, connection: Connection, user_id: int, epoch: int, reason: str) -> Revoked:
         await add_events(connection, self._events.sessions_ended(user_id, epoch, reason))
         await add_events(connection, self._events.revoked(user_id, None, epoch, reason))
-        return await self._add(connection, user_id, None, epoch, reason)
-
-    async def _add(
-        self, connection: Connection, user_id: int, session_id: bytes | None, epoch: int | None, reason: str
-    ) -> Revoked:
         bucket = user_id % BUCKETS
-        row = await connection.fetchrow(
-            _QUERIES["add_revocation"],
+        rows = await connection.fetch(
+            _QUERIES["add_epoch_revocation"],
             bucket,
             user_id,
-            session_id,
             epoch,
             reason,
             self._keep,
-            self._events.access_ttl,
+            self._events.announced_for,
         )
-        if row is None:
-            raise RuntimeError(f"revocation_heads has no bucket {bucket}")
-        return Revoked(bucket, row["number"])
+        return _place(bucket, rows)
 
 
 class Revocations:
@@ -85,20 +105,15 @@ class Revocations:
             await connection.execute(_QUERIES["lock_user"], user_id)
             for session_id in session_ids:
                 await add_events(connection, self._events.session_ended(user_id, session_id, reason))
-                row = await self._writer.end_session(connection, user_id, session_id, reason)
-        return row
+            return await self._writer.end_sessions(connection, _endings(user_id, session_ids, reason))
 
     async def record_sessions(self, user_id: int, session_ids: Sequence[bytes], reason: str) -> Revoked | None:
         """Log endings that Redis decided, where the log has them not yet: their events come from Redis. None where it
         has them all.
         """
-        row = None
         async with self._database.transaction() as connection:
             await connection.execute(_QUERIES["lock_user"], user_id)
-            for session_id in session_ids:
-                if await connection.fetchrow(_QUERIES["find_session_revocation"], session_id) is None:
-                    row = await self._writer.end_session(connection, user_id, session_id, reason)
-        return row
+            return await self._writer.end_new(connection, _endings(user_id, session_ids, reason))
 
     async def announce_over(self) -> int:
         """Promise the tombstones of announced rows that concern no access token any more: one user's a call, and how
@@ -109,11 +124,9 @@ class Revocations:
             if user is None:
                 return 0
             rows = await connection.fetch(_QUERIES["take_announced_over"], user["id"])
-            has_newer = await connection.fetchval(_QUERIES["has_announced_epoch"], user["id"])
-            keys = {row["session_id"] for row in rows}
-            if has_newer:
-                # The record of the newer ending has the same key: the tombstone would take it away.
-                keys.discard(None)
+            # A newer ending of the same key is still announced: the tombstone would take away its record.
+            newer = await connection.fetch(_QUERIES["list_announced"], user["id"])
+            keys = {row["session_id"] for row in rows} - {row["session_id"] for row in newer}
             await add_events(connection, [revocation_record(user["id"], key, None) for key in keys])
         return len(rows)
 
@@ -134,3 +147,13 @@ class Revocations:
         async with self._database.transaction() as connection:
             status = await connection.execute(_QUERIES["delete_expired_revocations"], DELETE_ROWS)
         return int(status.rpartition(" ")[2])
+
+
+def _endings(user_id: int, session_ids: Sequence[bytes], reason: str) -> list[Ending]:
+    return [Ending(user_id, session_id, reason) for session_id in session_ids]
+
+
+def _place(bucket: int, rows: Sequence[asyncpg.Record]) -> Revoked:
+    if not rows:
+        raise RuntimeError(f"revocation_heads has no bucket {bucket}")
+    return Revoked(bucket, max(row["number"] for row in rows))

@@ -15,12 +15,15 @@ _QUERIES = load_queries("users.sql")
 
 
 class User(msgspec.Struct, frozen=True, kw_only=True):
-    """A user's row. `revocation` is the bucket's last revocation number, read in the same snapshot."""
+    """A user's row. `password_version` is raised with each other password, `version` with each change. `revocation` is
+    the bucket's last revocation number, read in the same snapshot.
+    """
 
     id: int
     username: str
     full_name: str
     password_hash: str
+    password_version: int
     version: int
     epoch: int
     disabled: bool
@@ -73,9 +76,9 @@ class Users:
         ended = fields.pop("ended")
         return User(**fields), ended
 
-    async def set_password_hash(self, user_id: int, old: str, new: str) -> None:
-        """Renew the hash of the same password; nothing where the password was changed meanwhile."""
-        await self._database.fetch(_QUERIES["set_password_hash"], user_id, old, new)
+    async def set_password_hash(self, user_id: int, old: str, new: str) -> bool:
+        """Renew the hash of the same password; False where another renewed or changed it meanwhile."""
+        return await self._database.fetch_row(_QUERIES["set_password_hash"], user_id, old, new) is not None
 
     async def end_all_sessions(self, user_id: int, reason: str) -> Revoked | None:
         """Raise the user's epoch and log it; None where the user is gone."""

@@ -7,20 +7,22 @@ frozen Redis runs abandoned commands when it wakes, and no state may change that
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import anyio
+from redis import exceptions as redis_errors
 from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel, SentinelManagedConnection
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool, SentinelManagedConnection
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
-from redis.exceptions import RedisClusterException, RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from authd.breaker import Breaker
 from authd.config import BUCKETS, ConfigError, Settings
@@ -34,9 +36,23 @@ SPARE_CONNECTIONS = 8
 
 #: Errors that say "not now". While a cluster is down, redis-py closes connections under the tasks that use them, which
 #: break in any way.
-_AWAY = (RedisError, RedisClusterException, OSError, TimeoutError, RuntimeError, AttributeError)
+_AWAY = (
+    redis_errors.ConnectionError,
+    redis_errors.TimeoutError,
+    redis_errors.ClusterError,
+    redis_errors.RedisClusterException,
+    OSError,
+    TimeoutError,
+    RuntimeError,
+    AttributeError,
+)
+#: Errors of a server that answers, such as one without memory. They cost no wait, so they do not open the breaker,
+#: which would refuse the reading requests too.
+_REFUSED = (redis_errors.RedisError,)
 
 _RUN_ID = re.compile(rb"run_id:([0-9a-f]+)")
+T = TypeVar("T")
+
 _INCLUDE = re.compile(r"^-- include: (\w+)$", re.MULTILINE)
 
 
@@ -93,49 +109,62 @@ class RedisClient:
 
     async def read(self, script: AsyncScript, keys: Sequence[str], *arguments: Any) -> Any:
         """Run a script that may also run late or twice, since that does no harm."""
-        async with self._turn(keys[0]):
-            return await script(keys, arguments)
+        return await self._call(keys[0], script(keys, arguments))
 
     async def decide(self, script: AsyncScript, bucket: int, keys: Sequence[str], *arguments: Any) -> list[Any]:
         """Run a script whose first argument is its deadline in ms of Redis's time, and whose reply begins with a status
         and Redis's time. The caller never sees the status `late`.
         """
         deadline_ms = int((time.monotonic() + self._timeout_s) * 1000)
-        async with self._turn(keys[0]):
-            # The first call on a bucket, and the first after its clock jumped ahead, comes late and learns the clock.
-            for _ in range(2):
-                clock_ms = self._clock_ms.get(bucket, -deadline_ms)
-                reply: list[Any] = await script(keys, (deadline_ms + clock_ms, *arguments))
-                self._clock_ms[bucket] = int(reply[1]) - int(time.monotonic() * 1000)
-                if reply[0] != b"late":
-                    return reply
+        return await self._call(keys[0], self._decide(script, bucket, keys, deadline_ms, arguments))
+
+    async def _decide(
+        self, script: AsyncScript, bucket: int, keys: Sequence[str], deadline_ms: int, arguments: Sequence[Any]
+    ) -> list[Any]:
+        # The first call on a bucket, and the first after its clock jumped ahead, comes late and learns the clock.
+        for _ in range(2):
+            clock_ms = self._clock_ms.get(bucket, -deadline_ms)
+            reply: list[Any] = await script(keys, (deadline_ms + clock_ms, *arguments))
+            self._clock_ms[bucket] = int(reply[1]) - int(time.monotonic() * 1000)
+            if reply[0] != b"late":
+                return reply
         raise Unavailable("session_store")
 
     async def command(self, name: str, key: str, *arguments: Any) -> Any:
         """Run one command on one key."""
-        async with self._turn(key):
-            return await self._client.execute_command(name, key, *arguments)
+        return await self._call(key, self._client.execute_command(name, key, *arguments))
 
     async def commands(self, name: str, keys: Sequence[str]) -> list[Any]:
         """Run one command on each key, in one pipeline for each node."""
-        async with self._turn(keys[0]):
-            pipeline = self._client.pipeline(transaction=False)
-            for key in keys:
-                pipeline.execute_command(name, key)
-            return list(await pipeline.execute())
+        pipeline = self._client.pipeline(transaction=False)
+        for key in keys:
+            pipeline.execute_command(name, key)
+        return list(await self._call(keys[0], pipeline.execute()))
 
     async def ping(self) -> None:
-        async with self._turn(self.key(0, "")):
-            await self._client.ping()
+        await self._call(self.key(0, ""), self._client.ping())
 
-    @asynccontextmanager
-    async def _turn(self, key: str) -> AsyncGenerator[None, None]:
+    async def _call(self, key: str, call: Awaitable[T]) -> T:
+        """The result of one call, under the deadline and the breaker of the key's part. Without context managers: this
+        is in the way of every request.
+        """
+        breaker = self._breaker(key)
         try:
-            with self._breaker(key).call(_AWAY), anyio.fail_after(self._timeout_s):
+            breaker.enter()
+            with anyio.CancelScope(deadline=anyio.current_time() + self._timeout_s):
                 async with self._turns:
-                    yield
+                    result = await call
+                breaker.succeeded()
+                return result
+            raise TimeoutError
         except _AWAY as error:
+            breaker.failed()
             raise Unavailable("session_store") from error
+        except _REFUSED as error:
+            raise Unavailable("session_store") from error
+        finally:
+            if isinstance(call, Coroutine):
+                call.close()  # where it was never begun
 
     def _breaker(self, key: str) -> Breaker:
         # In a cluster a bucket stands for the node that holds it: one that is away must not cost the others' users.
@@ -166,6 +195,8 @@ async def open_redis(settings: Settings) -> AsyncGenerator[RedisClient, None]:
     finally:
         with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
             await client.aclose()
+            if isinstance(client, Redis) and isinstance(client.connection_pool, SentinelConnectionPool):
+                await client.connection_pool.sentinel_manager.aclose()
 
 
 def _make_client(settings: Settings, servers: Servers) -> Redis | RedisCluster:
@@ -185,14 +216,9 @@ def _make_client(settings: Settings, servers: Servers) -> Redis | RedisCluster:
         "max_connections": settings.redis_pool_per_worker + SPARE_CONNECTIONS,
     }
     if url.scheme.endswith("+sentinel"):
-        # The address of the master is asked for at each new connection: a failover needs no restart.
-        base = Redis.from_url(urlunsplit((url.scheme.split("+")[0], prefix + nodes[0], "", url.query, "")))
-        options = {k: v for k, v in base.connection_pool.connection_kwargs.items() if k not in ("host", "port")}
+        plain = urlunsplit((url.scheme.split("+")[0], prefix + nodes[0], "", url.query, ""))
         limits["redis_connect_func"] = servers.on_connect
-        sentinel = Sentinel(  # type: ignore[no-untyped-call]
-            [_host_and_port(node, 26379) for node in nodes], **limits, **options
-        )
-        return sentinel.master_for(url.path.strip("/") or "mymaster", **limits, **options)  # type: ignore[no-any-return]
+        return _make_sentinel_client(plain, nodes, url.path.strip("/") or "mymaster", limits)
     if len(nodes) > 1:
         seeds = [ClusterNode(*_host_and_port(node, 6379)) for node in nodes]
         first = urlunsplit((url.scheme, prefix + nodes[0], url.path, url.query, ""))
@@ -204,6 +230,21 @@ def _make_client(settings: Settings, servers: Servers) -> Redis | RedisCluster:
     limits["redis_connect_func"] = servers.on_connect
     pool = BlockingConnectionPool.from_url(settings.redis_url.reveal(), timeout=settings.redis_timeout_s, **limits)
     return Redis.from_pool(pool)
+
+
+def _make_sentinel_client(url: str, nodes: Sequence[str], service: str, limits: dict[str, Any]) -> Redis:
+    """The master's address is asked for at each new connection: a failover needs no restart."""
+    options = {name: value for name, value in parse_url(url).items() if name not in ("host", "port")}
+    options["ssl"] = options.pop("connection_class", None) is not None
+    # A sentinel that is away leaves time to ask each of the others and to reach the master.
+    timeout_s = limits["socket_timeout"] / (len(nodes) + 1)
+    impatience = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": Retry(NoBackoff(), 0)}
+    # The credentials are the master's.
+    of_sentinels = {name: value for name, value in options.items() if name not in ("username", "password")}
+    sentinel = Sentinel(  # type: ignore[no-untyped-call]
+        [_host_and_port(node, 26379) for node in nodes], sentinel_kwargs=of_sentinels | impatience
+    )
+    return sentinel.master_for(service, **limits | options)  # type: ignore[no-any-return]
 
 
 def _host_and_port(node: str, default_port: int) -> tuple[str, int]:

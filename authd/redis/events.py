@@ -25,9 +25,10 @@ class EventStreams:
     def __init__(self, client: RedisClient) -> None:
         self._client = client
 
-    async def read(self, bucket: int, count: int) -> list[StreamEntry]:
-        """The oldest entries, at most `count`; they stay."""
-        rows = await self._client.command("XRANGE", event_stream(self._client, bucket), "-", "+", "COUNT", count)
+    async def read(self, bucket: int, count: int, after: str = "") -> list[StreamEntry]:
+        """The oldest entries, or those that follow the id `after`; at most `count`. They stay."""
+        first = f"({after}" if after else "-"
+        rows = await self._client.command("XRANGE", event_stream(self._client, bucket), first, "+", "COUNT", count)
         return [_entry(id_, fields) for id_, fields in rows]
 
     async def delete(self, bucket: int, ids: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """Counts failed logins, exactly: an attempt reserves before its password is hashed, and is settled after.
 
-Counted are the pair of address and account, the account, and the address, each with its limit. A counter is one key in
-Redis; however many replicas guess at once, no more attempts than the limit can fail before the lock.
+Counted are the pair of address and account, the account, and the address, each with its limit; or, for a device that
+logged in before, that device alone. A counter is one key in Redis; however many replicas guess at once, no more
+attempts than the limit can fail before the lock. Registrations of an address are counted beside them.
 """
 
 import math
@@ -30,7 +31,7 @@ IPV6_PREFIX_BITS = 64
 DIGEST_BYTES = 16
 
 T = TypeVar("T")
-CounterKind = Literal["pair", "account", "address"]
+CounterKind = Literal["pair", "account", "address", "device", "registrations"]
 
 
 class Outcome(Enum):
@@ -67,6 +68,23 @@ class Locked:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """Whether attempts may be made now: seconds until they may, rounded up; None if now."""
+
+    locked_s: int | None
+    #: None also where no device was asked for.
+    device_locked_s: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Forgiven:
+    """Failures that were forgotten; None where no address was named."""
+
+    account: int
+    pair: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Wait:
     """Other attempts fill the limit and are not decided yet. Nothing is reserved: ask again."""
 
@@ -89,19 +107,33 @@ class Throttle:
             "pair": settings.max_login_attempts,
             "account": settings.account_max_failures,
             "address": settings.address_max_failures,
+            "device": settings.max_login_attempts,
+            "registrations": settings.address_max_failures,
         }
         self._lockout_ms = settings.lockout_s * 1000
+        # Without a broker nobody is told.
+        self._stream_max = settings.stream_max if settings.kafka_bootstrap_servers else 0
         self._reservation_ttl_ms = int(reservation_ttl_s * 1000)
         self._new_id = new_id
         self._peek = client.script("throttle_peek")
         self._reserve = client.script("throttle_reserve")
         self._settle = {outcome: client.script(outcome.value) for outcome in Outcome}
+        self._forgive = client.script("throttle_forgive")
+        self._count = client.script("throttle_count")
+
+    async def look(self, address: str, account: str, device_id: bytes | None = None) -> Standing:
+        """How things stand. Only a look: `reserve` and `reserve_device` decide."""
+        counters = self._counters(address, account)
+        if device_id is not None:
+            counters = (*counters, self._device(device_id))
+        left_ms = _values(await _all([partial(self._client.read, self._peek, [c.key], c.limit) for c in counters]))
+        return Standing(
+            _seconds(max(left_ms[:3])) or None, _seconds(left_ms[3]) or None if device_id is not None else None
+        )
 
     async def locked_s(self, address: str, account: str) -> int | None:
-        """Seconds until an attempt may be made, rounded up; None if now. Only a look: `reserve` decides."""
-        counters = self._counters(address, account)
-        left_ms = await _all([partial(self._client.read, self._peek, [c.key], c.limit) for c in counters])
-        return _seconds(max(_values(left_ms))) or None
+        """Seconds until an attempt without a device may be made, rounded up; None if now."""
+        return (await self.look(address, account)).locked_s
 
     async def reserve(self, address: str, account: str, user_id: int = 0) -> Reserved | Locked | Wait:
         """Reserve one attempt in all three counters, or in none."""
@@ -120,11 +152,39 @@ class Throttle:
         locks = [reply.retry_after_s for reply in _values(replies) if isinstance(reply, Locked)]
         return Locked(max(locks)) if locks else Wait()
 
+    async def reserve_device(self, device_id: bytes, address: str, user_id: int) -> Reserved | Locked | Wait:
+        """Reserve one attempt in the counter of a device that has proved itself, and in no other."""
+        attempt = Reserved(self._new_id(), (self._device(device_id),), user_id, address)
+        return await self._reserve_one(attempt.id, attempt.counters[0]) or attempt
+
+    async def forgive(self, account: str, address: str | None = None) -> Forgiven:
+        """Forget the failures of the account, and those of its pair with `address`. An address's own failures on other
+        accounts stay, and so do a device's, whose id only its token knows.
+        """
+        pair, of_account, _ = self._counters(address or "", account)
+        return Forgiven(
+            account=await self._forgive_one(of_account),
+            pair=await self._forgive_one(pair) if address is not None else None,
+        )
+
+    async def registrations_locked_s(self, address: str) -> int | None:
+        """Seconds until the address may register again, rounded up; None if now. Only a look."""
+        counter = self._counter("registrations", network_of(address))
+        return _seconds(await self._client.read(self._peek, [counter.key], counter.limit)) or None
+
+    async def count_registration(self, address: str) -> Locked | None:
+        """Count one registration of the address, if its limit has room: as many as an address may fail to log in,
+        within `lockout_s` after the first.
+        """
+        counter = self._counter("registrations", network_of(address))
+        reply = await self._client.decide(self._count, counter.bucket, [counter.key], counter.limit, self._lockout_ms)
+        return Locked(_seconds(int(reply[2]))) if reply[0] == b"locked" else None
+
     async def settle(self, attempt: Reserved, outcome: Outcome) -> tuple[CounterKind, ...]:
         """Settle a reserved attempt once: again, or after its reservation expired, it changes nothing.
 
-        A success clears the pair alone: the owner's logins must not give a guesser at other addresses, or of other
-        accounts, new attempts. Returns what this failure locked.
+        A success clears the pair alone: the owner's logins must not give new attempts to a guesser at other addresses,
+        of other accounts, or with a stolen device token. Returns what this failure locked.
         """
         others = Outcome.RELEASED if outcome is Outcome.SUCCEEDED else outcome
         outcomes = {counter: outcome if counter.kind == "pair" else others for counter in attempt.counters}
@@ -143,22 +203,32 @@ class Throttle:
             return Locked(_seconds(int(reply[2])))
         return None if reply[0] == b"reserved" else Wait()
 
+    async def _forgive_one(self, counter: _Counter) -> int:
+        reply = await self._client.decide(self._forgive, counter.bucket, [counter.key])
+        return int(reply[2])
+
     async def _settle_one(self, attempt: Reserved, counter: _Counter, outcome: Outcome) -> bytes:
         keys: list[str] = [counter.key]
         arguments: list[Any] = []
         if outcome is Outcome.FAILED:
             keys.append(event_stream(self._client, counter.bucket))
-            arguments = [counter.limit, self._lockout_ms, counter.kind, attempt.user_id, attempt.address]
+            told = [counter.kind, attempt.user_id, attempt.address, self._stream_max]
+            arguments = [counter.limit, self._lockout_ms, *told]
         reply = await self._client.decide(self._settle[outcome], counter.bucket, keys, attempt.id, *arguments)
+        if reply[0] == b"locked":
+            metrics.events_dropped.labels("login.locked").inc(int(reply[2]))
         return bytes(reply[0])
 
     def _counters(self, address: str, account: str) -> tuple[_Counter, ...]:
-        network = _network(address)
+        network = network_of(address)
         return (
             self._counter("pair", f"{network}\0{account}"),
             self._counter("account", account),
             self._counter("address", network),
         )
+
+    def _device(self, device_id: bytes) -> _Counter:
+        return self._counter("device", device_id.hex())
 
     def _counter(self, kind: CounterKind, counted: str) -> _Counter:
         # A digest: usernames that people type, some of them passwords, do not show in Redis.
@@ -169,7 +239,7 @@ class Throttle:
         )
 
 
-def _network(address: str) -> str:
+def network_of(address: str) -> str:
     """What one client has: an IPv4 address, or an IPv6 network."""
     try:
         parsed = ip_address(address)

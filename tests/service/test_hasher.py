@@ -86,9 +86,14 @@ class Steps:
         return value
 
     def job(
-        self, work: Callable[[], str], *, effort: Effort = EFFORT, account: str | None = None
+        self,
+        work: Callable[[], str],
+        *,
+        effort: Effort = EFFORT,
+        account: str | None = None,
+        is_known: bool = False,
     ) -> "Job[str, str | None]":
-        return Job(effort=effort, work=work, settle=self.settle, admit=self.admit, account=account)
+        return Job(effort=effort, work=work, settle=self.settle, admit=self.admit, account=account, is_known=is_known)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -109,12 +114,12 @@ async def refused(call: Awaitable[object]) -> Unavailable:
     return caught.value
 
 
-def refusals(reason: str) -> float:
-    return float(metrics.hash_refused.labels(reason)._value.get())
+def refusals(reason: str, queue: str = "others") -> float:
+    return float(metrics.hash_refused.labels(reason, queue)._value.get())
 
 
-def waiting() -> float:
-    return float(metrics.hash_waiting._value.get())
+def waiting(queue: str = "others") -> float:
+    return float(metrics.hash_waiting.labels(queue)._value.get())
 
 
 async def hang_up(request: "asyncio.Task[object]") -> None:
@@ -227,6 +232,62 @@ async def test_one_account_cannot_fill_the_queue() -> None:
         assert await hasher.run_job(Steps().job(gate.work, account="flooded")) == "hashed"
 
 
+async def test_known_devices_are_served_three_times_for_each_other() -> None:
+    gate, order = Gate(), list[str]()
+
+    def work(name: str) -> str:
+        order.append(name)
+        return "hashed"
+
+    async with running(threads=1) as hasher, anyio.create_task_group() as requests:
+        requests.start_soon(ask, hasher, Steps().job(gate.work))
+        await until(lambda: gate.inside == 1)
+        before = waiting("known") + waiting("others")
+        for name, is_known in [("other", False)] * 5 + [("known", True)] * 7:
+            requests.start_soon(ask, hasher, Steps().job(partial(work, name), is_known=is_known))
+        await until(lambda: waiting("known") + waiting("others") == before + 12)
+        gate.opened.set()
+    k, o = ["known"], ["other"]
+    assert order in ([*k * 3, *o, *k * 3, *o, *k, *o * 3], [*o, *k * 3, *o, *k * 3, *o, *k, *o * 2])
+
+
+async def test_a_flood_of_strangers_leaves_known_devices_their_queue_and_their_share() -> None:
+    gate = Gate()
+    async with running(threads=1, queue_max=4) as hasher, anyio.create_task_group() as requests:
+        requests.start_soon(ask, hasher, Steps().job(gate.work))
+        await until(lambda: gate.inside == 1)
+        before = waiting()
+        requests.start_soon(ask, hasher, Steps().job(gate.work, account="flooded"))
+        for _ in range(3):
+            requests.start_soon(ask, hasher, Steps().job(gate.work))
+        await until(lambda: waiting() == before + 4)
+        await refused(ask(hasher, Steps().job(gate.work)))
+        # The same account, for all that wait there: its owner's device has a share of its own.
+        known = asyncio.ensure_future(ask(hasher, Steps().job(gate.work, account="flooded", is_known=True)))
+        await until(lambda: waiting("known") >= 1)
+        shares = refusals("account_share", "known")
+        await refused(ask(hasher, Steps().job(gate.work, account="flooded", is_known=True)))
+        assert refusals("account_share", "known") == shares + 1
+        gate.opened.set()
+        assert await known == "hashed"
+
+
+async def test_a_known_device_is_not_refused_for_the_work_that_it_passes() -> None:
+    gate = Gate()
+    async with running(threads=1, deadline_s=100.0) as hasher, anyio.create_task_group() as requests:
+        requests.start_soon(ask, hasher, Steps().job(gate.work))
+        await until(lambda: gate.inside == 1)
+        before = waiting()
+        for _ in range(30):
+            requests.start_soon(ask, hasher, Steps().job(gate.work))
+        await until(lambda: waiting() == before + 30)
+        one_s = hasher._times.of(EFFORT)
+        # One of the thirty may be served before the first of the known, beside the one that runs.
+        assert hasher._wait_s(Steps().job(gate.work, is_known=True)) <= 2.01 * one_s
+        assert hasher._wait_s(Steps().job(gate.work)) >= 30 * one_s
+        gate.opened.set()
+
+
 async def test_a_wait_beyond_the_deadline_is_refused_before_any_hashing() -> None:
     gate = Gate()
     stored = [hash_password("x", cost) for cost in (4, 8)]
@@ -248,7 +309,7 @@ async def test_a_wait_beyond_the_deadline_is_refused_before_any_hashing() -> Non
         assert refusals("estimate") == before + 1
         assert steps.admitted == 0
         # Its asker gives up at the deadline, and with it the work ahead.
-        await until(lambda: hasher._wait_s() < 1.0)
+        await until(lambda: hasher._wait_s(Steps().job(gate.work)) < 1.0)
         gate.opened.set()
 
 

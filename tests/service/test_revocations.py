@@ -79,7 +79,7 @@ async def test_a_replica_learns_the_heads_by_itself(world: World, monkeypatch: p
     monkeypatch.setattr("authd.revocations.HEADS_INTERVAL_S", 0.01)
     user = await world.register()
     other = await world.replica()
-    row = await world.users.end_all_sessions(user.id, "logout", world.keep)
+    row = await world.users.end_all_sessions(user.id, "logout")
     assert row is not None
 
     async def is_known() -> bool:
@@ -130,7 +130,7 @@ async def test_numbers_have_no_gaps_whatever_is_rolled_back(world: World) -> Non
     async def end_logged() -> None:
         bucket = dice.choice([1, 2])
         ids = [secrets.token_bytes(SESSION_ID_BYTES) for _ in range(dice.choice([1, 3]))]
-        await world.revocations.add_sessions(bucket, bucket, ids, "logout", world.keep)
+        await world.revocations.end_sessions(bucket, ids, "logout")
 
     await together(*[dice.choice([end, end_logged]) for _ in range(100)])
     heads = await world.revocations.heads()
@@ -211,7 +211,7 @@ async def test_a_log_that_lost_rows_is_not_asked_for_them_without_end(world: Wor
 async def test_a_client_that_hangs_up_after_the_commit_stops_nothing(world: World) -> None:
     user = await world.register()
     pair = await world.login(user)
-    row = await world.users.end_all_sessions(user.id, "logout", world.keep)
+    row = await world.users.end_all_sessions(user.id, "logout")
     assert row is not None
     with anyio.CancelScope() as request:
         request.cancel()
@@ -262,3 +262,15 @@ async def test_an_ending_that_redis_decided_is_logged_although_nobody_waits(
         return len(values) == len(ids) and {value[0] for value in values.values()} == {LOGGED}
 
     await until(is_applied)
+
+
+async def test_a_redis_that_is_ahead_of_a_restored_postgres_misses_no_ending(make_world: MakeWorld) -> None:
+    world = await make_world()
+    user = await world.register()
+    pair = await world.open(user)
+    bucket = user.id % BUCKETS
+    await world.raw.set(world.redis.key(bucket, "applied"), 100)
+    await world.sessions.logout(pair.access_token, "all")
+    assert await world.bearer(pair.access_token) == "token_invalid"
+    assert await world.outcome(pair.refresh_token) == "session_ended"
+    assert int(await world.raw.get(world.redis.key(bucket, "applied"))) == 1

@@ -55,6 +55,19 @@ async def test_two_hundred_refreshes_of_one_token_make_one_chain(world: World) -
     assert await world.rows(user.id) == []
 
 
+async def test_a_hundred_refreshes_of_one_token_after_a_wipe_make_one_chain(world: World) -> None:
+    user = await world.register()
+    pair = await world.refresh((await world.login(user)).refresh_token)
+    other = await world.replica()
+    await world.wipe()
+    replies = await together(*[partial(r.refresh, pair.refresh_token) for r in (world, other) for _ in range(50)])
+    assert all(isinstance(reply, TokenPair) for reply in replies), Counter(map(repr, replies))
+    assert len({reply.refresh_token for reply in replies}) == 1
+    assert world.token(replies[0]).counter == world.token(pair).counter + 1
+    assert len(await world.live(user.id)) == 1
+    assert await world.outcome(replies[0].refresh_token) == "ok"
+
+
 @dataclass
 class Answer:
     """A tab's refresh, and when Redis decided it."""

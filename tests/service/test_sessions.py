@@ -306,6 +306,17 @@ async def test_after_a_wipe_the_cap_holds_for_eleven_devices(make_world: MakeWor
     assert await world.rows(user.id) == [(world.token(pairs[0]).session_id, None, "evicted")]
 
 
+async def test_a_session_that_is_here_is_not_rebuilt(world: World) -> None:
+    user = await world.register()
+    first = await world.login(user)
+    second = await world.refresh(first.refresh_token)
+    await world.refresh(second.refresh_token)
+    before = await world.dump()
+    # It would hand the newest token to whoever brings an old one.
+    assert await world.store.rebuild(world.token(first), 1, CLIENT, 0) == Denied("present")
+    assert await world.dump() == before
+
+
 async def test_a_rebuilt_session_evicts_the_oldest_and_logs_it(make_world: MakeWorld) -> None:
     world = await make_world(max_active_sessions=1)
     user = await world.register()
@@ -343,7 +354,7 @@ async def test_a_forged_access_token_brings_nothing_back(world: World) -> None:
     lost = world.token(await world.login(user)).session_id
     await world.wipe()
     for session_id in (secrets.token_bytes(16), lost):
-        assert await world.bearer(world.mint.make_access(user.id, session_id, "forged")) == "token_invalid"
+        assert await world.bearer(world.mint.make_access(user.id, session_id, 1, "forged")) == "token_invalid"
     assert await world.keys() == []
 
 
@@ -458,7 +469,7 @@ async def test_a_redis_that_wakes_after_the_clients_left_changes_nothing(
         for outcome in await together(*calls, partial(world.sessions.profile, pair.access_token)):
             assert isinstance(outcome, Unavailable) and outcome.part == "session_store"
         # A logout that Postgres has stands, and is applied before the user is served.
-        row = await world.users.end_all_sessions(other.id, "logout", world.keep)
+        row = await world.users.end_all_sessions(other.id, "logout")
         assert row is not None
         with pytest.raises(Unavailable):
             await world.feed.applied(row.bucket, row.number)

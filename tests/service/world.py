@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import anyio
@@ -20,6 +19,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.commands.core import AsyncScript
 
 from authd.config import BUCKETS, Secret, Settings
+from authd.devices import DeviceMint
 from authd.embedded import PostgresServer
 from authd.errors import RefreshRefused, Refusal, UserDisabled
 from authd.hasher import Hasher
@@ -33,8 +33,10 @@ from authd.redis.client import RedisClient, open_redis
 from authd.redis.sessions import Client, SessionStore
 from authd.redis.throttle import Throttle
 from authd.redis.users import UserCache
+from authd.relay import EventRelay
 from authd.revocations import RevocationFeed
 from authd.sessions import Sessions, TokenPair
+from authd.stores import PostgresStores, RedisStores
 from authd.tokens import KeyRing, MacKey, RefreshToken, TokenMint, shared_signing_key
 
 PASSWORD = "correct horse"
@@ -84,28 +86,29 @@ class Replica:
     hasher: Hasher = field(init=False)
     revocations: Revocations = field(init=False)
     feed: RevocationFeed = field(init=False)
+    relay: EventRelay = field(init=False)
     sessions: Sessions = field(init=False)
 
     def __post_init__(self) -> None:
         settings = self.settings
-        self.keep = timedelta(seconds=settings.session_ttl_s)
         self.mint = TokenMint(settings, self.ring, self.clock)
-        self.users = Users(self.database)
-        self.store = SessionStore(self.redis, settings)
-        self.cache = UserCache(self.redis, settings)
-        self.throttle = Throttle(self.redis, settings)
+        remembered, decided = PostgresStores(settings, self.database), RedisStores(settings, self.redis)
+        self.users, self.revocations = remembered.users, remembered.revocations
+        self.store, self.cache, self.throttle = decided.sessions, decided.user_cache, decided.throttle
         self.hasher = Hasher(settings)
-        self.revocations = Revocations(self.database)
-        self.feed = RevocationFeed(self.revocations, self.store, self.keep)
+        self.feed = RevocationFeed(self.revocations, self.store)
+        self.relay = EventRelay(decided.streams, remembered.relay, remembered.events, self.feed, lambda _: None)
+        devices = DeviceMint(self.ring, self.clock)
+        passwords = PasswordCheck(settings, self.users, self.throttle, self.hasher, devices)
         self.sessions = Sessions(
-            settings,
             self.mint,
             self.users,
             self.revocations,
             self.store,
             self.cache,
-            PasswordCheck(settings, self.users, self.throttle, self.hasher),
+            passwords,
             self.feed,
+            self.relay.offer,
         )
 
     async def login(self, user: User, password: str = PASSWORD, client: Client = CLIENT) -> TokenPair:
@@ -136,12 +139,12 @@ class Replica:
 
     async def end_all(self, user: User, reason: str = "logout") -> None:
         """What every ending of all sessions does, with no session needed to ask for it."""
-        row = await self.users.end_all_sessions(user.id, reason, self.keep)
+        row = await self.users.end_all_sessions(user.id, reason)
         assert row is not None
         await self.feed.applied(row.bucket, row.number)
 
     async def set_disabled(self, user: User, reason: Any) -> None:
-        row = await self.users.set_disabled(user.username, reason, self.keep)
+        row = await self.users.set_disabled(user.username, disabled=reason == "user_disabled")
         assert row is not None
         await self.feed.applied(row.bucket, row.number)
 

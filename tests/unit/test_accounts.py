@@ -60,9 +60,9 @@ def test_space_around_does_not_matter(text: str) -> None:
 
 async def refused_fields(username: str, password: str, full_name: str) -> dict[str, str]:
     """Which fields a registration refuses. The stores are not reached: they would fail."""
-    accounts = Accounts(None, None, None)  # type: ignore[arg-type]
+    accounts = Accounts(None, None, None, None)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest) as caught:
-        await accounts.register(username, password, full_name)
+        await accounts.register(username, password, full_name, "192.0.2.1")
     return caught.value.errors
 
 

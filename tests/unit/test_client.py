@@ -86,7 +86,7 @@ def test_a_peer_without_an_address_is_nobody_in_particular() -> None:
 
 
 def test_other_headers_say_nothing() -> None:
-    headers = [("Remote-Addr", "1.1.1.1"), ("X-Real-IP", "1.1.1.1"), ("Forwarded", "for=1.1.1.1")]
+    headers = [("Remote-Addr", "1.1.1.1"), ("X-Real-IP", "1.1.1.1"), ("Client-IP", "1.1.1.1")]
     assert find_client(make_request(("10.0.0.1", 1), *headers), PROXIES).address == "10.0.0.1"
 
 
@@ -118,3 +118,73 @@ def test_no_bearer_token_is_said_so(text: str | None) -> None:
     headers = [] if text is None else [("Authorization", text)]
     with pytest.raises(MissingToken):
         bearer_token(make_request(None, *headers))
+
+
+# Forwarded (RFC 7239)
+
+
+def address_by(*headers: tuple[str, str], peer: str = "10.0.0.1") -> str:
+    return find_client(make_request((peer, 4711), *headers), PROXIES).address
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (("for=203.0.113.9",), "203.0.113.9"),
+        (("For=203.0.113.9;proto=https;by=10.0.0.1",), "203.0.113.9"),
+        (('proto=http; for="203.0.113.9:4711" ;host=example.org',), "203.0.113.9"),
+        (('for="[2001:db8:cafe::17]:4711"',), "2001:db8:cafe::17"),
+        (('for="[2001:db8::7]"',), "2001:db8::7"),
+        (('for="[::ffff:203.0.113.9]"',), "203.0.113.9"),
+        (("for=1.1.1.1, for=203.0.113.9, for=10.9.9.9",), "203.0.113.9"),
+        (("for=1.1.1.1", "for=203.0.113.9 , for=192.0.2.1"), "203.0.113.9"),
+        (('for="20\\3.0.113.9"',), "203.0.113.9"),
+        (("for=10.2.2.2",), "10.2.2.2"),
+        # No address: the last hop that was believed.
+        (("for=203.0.113.9, for=unknown",), "10.0.0.1"),
+        (("for=203.0.113.9, for=_hidden, for=10.2.2.2",), "10.2.2.2"),
+        (("for=203.0.113.9, proto=https",), "10.0.0.1"),
+        (("",), "10.0.0.1"),
+        (("for=203.0.113.9,",), "10.0.0.1"),
+    ],
+)
+def test_the_rightmost_untrusted_hop_of_forwarded_counts(lines: tuple[str, ...], expected: str) -> None:
+    assert address_by(*[("Forwarded", line) for line in lines]) == expected
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        # By the caller, before the proxy adds its own element.
+        'for=1.1.1.1;x="',
+        'for="1.1.1.1',
+        'for="1.1.1.1\\',
+        "for=1.1.1.1 for=2.2.2.2",
+        "for=1.1.1.1;for=2.2.2.2",
+        "for",
+        "for==",
+    ],
+)
+def test_what_the_caller_wrote_cannot_swallow_what_the_proxy_adds(written: str) -> None:
+    for added in ("for=203.0.113.9", 'for="[2001:db8::7]:80"', 'for="203.0.113.9:80"'):
+        assert address_by(("Forwarded", f"{written}, {added}")) == "10.0.0.1"
+        assert address_by(("Forwarded", written), ("Forwarded", added)) == "10.0.0.1"
+
+
+def test_headers_that_disagree_are_not_believed_and_one_that_is_alone_is() -> None:
+    both = [("X-Forwarded-For", "1.1.1.1, 203.0.113.9"), ("Forwarded", "for=203.0.113.9;proto=https")]
+    assert address_by(*both) == address_by(*reversed(both)) == "203.0.113.9"
+    # Either may be the caller's: a proxy that writes the one hands the other on.
+    assert address_by(("X-Forwarded-For", "1.1.1.1"), ("Forwarded", "for=203.0.113.9")) == "10.0.0.1"
+    assert address_by(("X-Forwarded-For", "203.0.113.9"), ("Forwarded", "for=1.1.1.1")) == "10.0.0.1"
+    assert address_by(("X-Forwarded-For", "203.0.113.9"), ("Forwarded", "junk")) == "10.0.0.1"
+
+
+def test_forwarded_of_no_trusted_proxy_says_nothing() -> None:
+    assert address_by(("Forwarded", "for=1.1.1.1"), peer="198.51.100.1") == "198.51.100.1"
+    assert find_client(make_request(("10.0.0.1", 1), ("Forwarded", "for=1.1.1.1")), ()).address == "10.0.0.1"
+
+
+@given(st.lists(st.text('for=1.2,;"\\ []:x', max_size=60), max_size=3))
+def test_any_forwarded_gives_an_address(lines: list[str]) -> None:
+    ip_address(address_by(*[("Forwarded", line) for line in lines]))

@@ -16,6 +16,7 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "database_pool_max": (2, 200),
     "redis_pool_max": (2, 1000),
     "user_cache_ttl_s": (1, DAYS_366),
+    "outbox_degraded_s": (1, DAYS_366),
     "stream_max": (1, 1_000_000),
     "access_ttl_s": (1, DAYS_366),
     "refresh_ttl_s": (1, DAYS_366),
@@ -47,6 +48,8 @@ TIMEOUTS = (
     "redis_timeout_s",
     "kafka_timeout_s",
     "hash_deadline_s",
+    "header_timeout_s",
+    "keep_alive_s",
 )
 UNUSABLE_TEXTS = {
     "bind": ("8000", "127.0.0.1", ":8000", "127.0.0.1:http", "127.0.0.1:123456"),

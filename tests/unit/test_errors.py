@@ -15,6 +15,7 @@ from authd.errors import (
     RefreshRefusalCode,
     RefreshRefused,
     Refusal,
+    RegistrationLimited,
     Unavailable,
 )
 from authd.http import app, protocol, wire
@@ -23,7 +24,15 @@ from authd.http.problems import PROBLEMS, deadline_response, refusal_response
 PARTS = ("user_store", "session_store", "hashing", "deadline")
 #: What the edge says itself, without a refusal of the domain.
 OF_THE_EDGE = {"internal_error", "malformed_request", "connections_full", *app._HTTP_CODES.values(), *protocol._DETAILS}
-WITH_ARGUMENTS = {MalformedRequest, InvalidRequest, LoginLocked, RefreshRefused, Unavailable, wire.UnsupportedMediaType}
+WITH_ARGUMENTS = {
+    MalformedRequest,
+    InvalidRequest,
+    LoginLocked,
+    RefreshRefused,
+    RegistrationLimited,
+    Unavailable,
+    wire.UnsupportedMediaType,
+}
 
 
 def subclasses(kind: type) -> Iterator[type]:
@@ -39,6 +48,7 @@ def every_refusal() -> list[Refusal]:
         MalformedRequest("Not this."),
         InvalidRequest({"username": "Needed."}),
         LoginLocked(17),
+        RegistrationLimited(17),
         wire.UnsupportedMediaType("application/json"),
         *(RefreshRefused(code) for code in get_args(RefreshRefusalCode)),
         *(Unavailable(part) for part in PARTS),

@@ -49,7 +49,7 @@ def test_every_route_is_described_and_no_other(document: dict[str, Any], setting
     blueprints = [
         make_credentials(settings, nothing, nothing),
         make_oauth(settings, nothing, nothing),
-        make_operations(nothing, nothing),
+        make_operations(settings, nothing, nothing),
         make_openapi(settings.issuer),
     ]
     served = {

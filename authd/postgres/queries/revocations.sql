@@ -1,11 +1,23 @@
--- name: add_revocation
+-- name: add_epoch_revocation
 -- The next number of the bucket, taken in the caller's transaction: the head's row lock orders the commits, so numbers
 -- appear without gaps. A transaction locks users before heads, everywhere.
 WITH head AS (
     UPDATE revocation_heads SET last_number = last_number + 1 WHERE bucket = $1 RETURNING last_number
 )
-INSERT INTO revocations (bucket, number, user_id, session_id, epoch, reason, expires_at, announced_until)
-SELECT $1, last_number, $2, $3, $4, $5, now() + $6::interval, now() + $7::interval FROM head
+INSERT INTO revocations (bucket, number, user_id, epoch, reason, expires_at, announced_until)
+SELECT $1, last_number, $2, $3, $4, now() + $5::interval, now() + $6::interval FROM head
+RETURNING number;
+
+-- name: add_session_revocations
+-- The next numbers of the bucket, in the order given; see above.
+WITH head AS (
+    UPDATE revocation_heads SET last_number = last_number + cardinality($3::bytea[])
+    WHERE bucket = $1 RETURNING last_number
+)
+INSERT INTO revocations (bucket, number, user_id, session_id, reason, expires_at, announced_until)
+SELECT $1, last_number - cardinality($3::bytea[]) + place, user_id, session_id, reason,
+       now() + $5::interval, now() + $6::interval
+FROM head, unnest($2::bigint[], $3::bytea[], $4::text[]) WITH ORDINALITY AS ended (user_id, session_id, reason, place)
 RETURNING number;
 
 -- name: list_heads
@@ -22,16 +34,17 @@ WHERE h.bucket = $1
 ORDER BY r.number;
 
 -- name: delete_expired_revocations
+-- Not before its tombstone is promised.
 DELETE FROM revocations WHERE ctid = ANY (ARRAY(
-    SELECT ctid FROM revocations WHERE expires_at < now() ORDER BY expires_at LIMIT $1
+    SELECT ctid FROM revocations WHERE expires_at < now() AND announced_until IS NULL ORDER BY expires_at LIMIT $1
 ));
 
 -- name: lock_user
 -- Also orders the transactions that promise events of one user.
 SELECT FROM users WHERE id = $1 FOR NO KEY UPDATE;
 
--- name: find_session_revocation
-SELECT reason FROM revocations WHERE session_id = $1 LIMIT 1;
+-- name: find_session_revocations
+SELECT DISTINCT session_id FROM revocations WHERE session_id = ANY ($1::bytea[]);
 
 -- name: lock_user_announced_over
 SELECT id FROM users
@@ -46,5 +59,6 @@ UPDATE revocations SET announced_until = NULL
 WHERE user_id = $1 AND announced_until < now() - interval '1 minute'
 RETURNING session_id;
 
--- name: has_announced_epoch
-SELECT EXISTS (SELECT FROM revocations WHERE user_id = $1 AND epoch IS NOT NULL AND announced_until IS NOT NULL);
+-- name: list_announced
+-- Each session once, and NULL where all sessions below an epoch ended.
+SELECT DISTINCT session_id FROM revocations WHERE user_id = $1 AND announced_until IS NOT NULL;

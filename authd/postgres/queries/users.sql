@@ -7,28 +7,28 @@ RETURNING id, created_at;
 
 -- name: find_user_by_username_key
 -- The user and the number of the bucket's last revocation, read in one snapshot.
-SELECT u.id, u.username, u.full_name, u.password_hash, u.version, u.epoch, u.disabled_at IS NOT NULL AS disabled,
-       u.created_at, h.last_number AS revocation
+SELECT u.id, u.username, u.full_name, u.password_hash, u.password_version, u.version, u.epoch,
+       u.disabled_at IS NOT NULL AS disabled, u.created_at, h.last_number AS revocation
 FROM users u JOIN revocation_heads h ON h.bucket = u.id % 256
 WHERE u.username_key = $1;
 
 -- name: find_user_by_id
-SELECT u.id, u.username, u.full_name, u.password_hash, u.version, u.epoch, u.disabled_at IS NOT NULL AS disabled,
-       u.created_at, h.last_number AS revocation
+SELECT u.id, u.username, u.full_name, u.password_hash, u.password_version, u.version, u.epoch,
+       u.disabled_at IS NOT NULL AS disabled, u.created_at, h.last_number AS revocation
 FROM users u JOIN revocation_heads h ON h.bucket = u.id % 256
 WHERE u.id = $1;
 
 -- name: find_user_of_session
 -- The user, the number of the bucket's last revocation and why the session ended, if it did, in one snapshot.
-SELECT u.id, u.username, u.full_name, u.password_hash, u.version, u.epoch, u.disabled_at IS NOT NULL AS disabled,
-       u.created_at, h.last_number AS revocation,
+SELECT u.id, u.username, u.full_name, u.password_hash, u.password_version, u.version, u.epoch,
+       u.disabled_at IS NOT NULL AS disabled, u.created_at, h.last_number AS revocation,
        (SELECT reason FROM revocations WHERE session_id = $2 ORDER BY number LIMIT 1) AS ended
 FROM users u JOIN revocation_heads h ON h.bucket = u.id % 256
 WHERE u.id = $1;
 
 -- name: set_password_hash
 -- Renewal of the hash of the same password: only if nobody changed the password meanwhile.
-UPDATE users SET password_hash = $3 WHERE id = $1 AND password_hash = $2;
+UPDATE users SET password_hash = $3 WHERE id = $1 AND password_hash = $2 RETURNING id;
 
 -- name: raise_epoch
 -- Ends all sessions that were opened before. Locks the user's row first: see revocations.sql.

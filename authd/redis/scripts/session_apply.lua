@@ -15,6 +15,8 @@ if now > tonumber(ARGV[1]) then return { 'late', now } end
 local applied = applied_number(KEYS[2])
 if applied ~= tonumber(ARGV[2]) then return { 'moved', now, applied } end
 
+-- First, and whatever it finds: a Redis without memory lets only a script go on that has begun with a deletion.
+redis.call('HDEL', KEYS[1], ARGV[4])
 local expires = now + tonumber(ARGV[7])
 if ARGV[4] ~= '' then
     -- Also where the session is not here: a rebuild that read the log before this row was in it must not succeed.

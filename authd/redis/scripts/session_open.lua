@@ -63,14 +63,14 @@ if surplus > 0 then
     if rebuilt and session.created < live[surplus].created then
         local expires = now + tonumber(ARGV[12])
         redis.call('HSET', KEYS[1], id, pack_tombstone(UNLOGGED, expires, 'evicted'))
-        add_event(KEYS[3], 0, 'session.evicted', 'u', ARGV[14], 's', id)
+        add_event(KEYS[3], nil, 'session.evicted', 'u', ARGV[14], 's', id)
         keep_until(KEYS[1], now, expires)
         return { 'evicted', now }
     end
     for i = 1, surplus do
         -- As long as the token it answers for, or until the log has its row.
         redis.call('HSET', KEYS[1], live[i].id, pack_tombstone(UNLOGGED, live[i].expires, 'evicted'))
-        add_event(KEYS[3], 0, 'session.evicted', 'u', ARGV[14], 's', live[i].id)
+        add_event(KEYS[3], nil, 'session.evicted', 'u', ARGV[14], 's', live[i].id)
         reply[#reply + 1] = live[i].id
     end
 end

@@ -41,8 +41,10 @@ if counter < s.counter then
         if counter == s.counter - 1 then return { 'repeated', now, values[1] } end
         return { 'superseded', now }
     end
-elseif counter == s.counter or s.issued <= tonumber(ARGV[6]) + grace then
-    -- A counter ahead of ours means that Redis lost writes. It is no theft if we last rotated before that token's time.
+elseif s.issued <= tonumber(ARGV[6]) + grace then
+    -- The current token was issued at our last rotation. One from another time, or with a counter ahead of ours, means
+    -- that Redis lost writes, and perhaps that somebody else went on from an older token. It is no theft if we last
+    -- rotated before that token's time.
     s.key_id, s.counter, s.issued, s.client = tonumber(ARGV[7]), counter + 1, now, ARGV[11]
     s.expires = math.min(now + tonumber(ARGV[9]), s.created + tonumber(ARGV[10]))
     local value = pack_live(s)
@@ -51,5 +53,5 @@ elseif counter == s.counter or s.issued <= tonumber(ARGV[6]) + grace then
     return { 'rotated', now, value }
 end
 redis.call('HSET', KEYS[1], id, pack_tombstone(UNLOGGED, s.expires, 'reused'))
-add_event(KEYS[3], 0, 'session.reuse_detected', 'u', ARGV[13], 's', id)
+add_event(KEYS[3], nil, 'session.reuse_detected', 'u', ARGV[13], 's', id)
 return { 'reused', now }

@@ -1,0 +1,148 @@
+"""Kafka away: no request notices, and every event arrives when it is back."""
+
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import pytest
+from fault.kafka import (
+    StrictBroker,
+    configure_topic,
+    create_topics,
+    events_in,
+    topics,
+    until_outbox_is_empty,
+)
+from fault.parts import TIMEOUTS, WORKS, Parts, away, new_caller, new_deck
+from service_process import Api, ServiceProcess, eventually
+from stores import require_kafka
+
+from authd.embedded import KafkaBroker, fetch_libs
+
+pytestmark = pytest.mark.timeout(120)
+
+#: A record of an average user fits, one with the longest full name does not.
+MESSAGE_BYTES = 600
+LONG_NAME = "🦊" * 200
+
+
+@pytest.fixture(scope="module")
+async def broker(anyio_backend: object, stores_folder: Any) -> AsyncIterator[KafkaBroker]:
+    require_kafka()
+    async with StrictBroker(stores_folder / f"strict-{uuid.uuid4().hex[:8]}", await fetch_libs()) as server:
+        yield server
+
+
+def kafka_settings(broker: KafkaBroker) -> dict[str, str]:
+    name = f"t{uuid.uuid4().hex[:12]}"
+    return TIMEOUTS | topics(name) | {"AUTHD_KAFKA_BOOTSTRAP_SERVERS": broker.bootstrap_servers}
+
+
+def topic_names(process: ServiceProcess) -> list[str]:
+    return [value for name, value in process.settings.items() if name.endswith("_TOPIC")]
+
+
+async def assert_all_told(process: ServiceProcess, broker: KafkaBroker) -> Counter[str]:
+    """Each user has one event in both topics, and each ending its record for verifiers. Returns what was told."""
+    users = {row["id"] for row in await process.query("SELECT id FROM users")}
+    contract = await events_in(broker, process.topic)
+    assert sorted(value["user_id"] for _, value in contract) == sorted(users)
+    told = await events_in(broker, process.settings["AUTHD_KAFKA_EVENTS_TOPIC"])
+    assert sorted(value["user_id"] for kind, value in told if kind == "user.registered") == sorted(users)
+    endings = await process.query("SELECT count(*) AS n FROM revocations")
+    revoked = await events_in(broker, process.settings["AUTHD_KAFKA_REVOCATIONS_TOPIC"])
+    assert len(revoked) == endings[0]["n"]
+    return Counter(kind for kind, _ in told)
+
+
+async def test_with_kafka_frozen_every_request_works_and_every_event_arrives_later(
+    parts: Parts, broker: KafkaBroker
+) -> None:
+    settings = kafka_settings(broker)
+    await create_topics(broker, [value for name, value in settings.items() if name.endswith("_TOPIC")])
+    async with parts.services.running(**settings) as process, process.api() as api:
+        caller = await new_caller(process, api)
+        first, second = [await new_deck(api, caller) for _ in range(2)]
+        await until_outbox_is_empty(process)
+        async with away(broker, "frozen"):
+            await first.play(WORKS)
+            await second.play(WORKS)
+            assert first.slow + second.slow == 0
+            await eventually(lambda: process.lines("lane_given_up"))
+            await until_degraded(api)
+        await until_outbox_is_empty(process)
+        assert_decks_told(await assert_all_told(process, broker), 2)
+
+
+async def test_a_kafka_that_is_killed_and_comes_back_after_the_whole_run_gets_everything(
+    parts: Parts, broker: KafkaBroker
+) -> None:
+    settings = kafka_settings(broker)
+    await create_topics(broker, [value for name, value in settings.items() if name.endswith("_TOPIC")])
+    async with parts.services.running(**settings) as process:
+        async with away(broker, "killed"):
+            async with process.api() as api:
+                caller = await new_caller(process, api)
+                for deck in [await new_deck(api, caller) for _ in range(5)]:
+                    await deck.play(WORKS)
+                    assert deck.slow == 0
+                await until_degraded(api)
+            # It stops in order with nobody to tell, and what Redis decided is in the outbox too.
+            assert await process.stop() == 0
+        await process.start()
+        await until_outbox_is_empty(process)
+        assert_decks_told(await assert_all_told(process, broker), 5)
+
+
+def assert_decks_told(told: Counter[str], decks: int) -> None:
+    """A deck opens eight sessions and logs in once more; it ends four one by one, and all of a user's once."""
+    assert told["session.opened"] == 9 * decks
+    assert told["session.ended"] == 4 * decks
+    assert told["sessions.ended"] == decks
+
+
+async def until_degraded(api: Api) -> None:
+    """Events wait: that is no reason to send requests elsewhere."""
+
+    async def is_degraded() -> bool:
+        answer = await api.get("/readyz")
+        return answer.status_code == 200 and answer.json()["status"] == "degraded"
+
+    await eventually(is_degraded)
+
+
+async def test_a_record_that_is_too_large_holds_up_nobody_else(parts: Parts, broker: KafkaBroker) -> None:
+    settings = kafka_settings(broker)
+    names = [value for name, value in settings.items() if name.endswith("_TOPIC")]
+    await create_topics(broker, names[1:])
+    await create_topics(broker, names[:1], **{"max.message.bytes": str(MESSAGE_BYTES)})
+    async with parts.services.running(**settings) as process, process.api() as api:
+        large = await api.new_account(full_name=LONG_NAME)
+        await eventually(lambda: process.lines("event_refused"))
+        others = [await api.new_account() for _ in range(20)]
+
+        async def others_arrived() -> bool:
+            await anyio.sleep(0.1)
+            told = {value["user_id"] for _, value in await events_in(broker, process.topic)}
+            return told == {account.user_id for account in others}
+
+        await eventually(others_arrived, 40)
+        await configure_topic(broker, process.topic, **{"max.message.bytes": "1000000"})
+        await until_outbox_is_empty(process)
+        users = [value["user_id"] for _, value in await events_in(broker, process.topic)]
+        assert sorted(users) == sorted([large.user_id, *(account.user_id for account in others)])
+
+
+async def test_events_of_a_topic_that_is_not_there_wait_for_it(parts: Parts, broker: KafkaBroker) -> None:
+    settings = kafka_settings(broker)
+    async with parts.services.running(**settings) as process, process.api() as api:
+        caller = await new_caller(process, api)
+        deck = await new_deck(api, caller)
+        await eventually(lambda: process.lines("lane_given_up"))
+        await deck.play(WORKS)
+        assert deck.slow == 0
+        await create_topics(broker, topic_names(process))
+        await until_outbox_is_empty(process)
+        await assert_all_told(process, broker)

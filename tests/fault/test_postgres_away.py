@@ -1,0 +1,212 @@
+"""Postgres away, read-only or full: the column of the failure matrix, for every request, with the real server."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+from fault.parts import (
+    SESSION_STORE,
+    SLOW_MAX,
+    TIMEOUTS,
+    USER_STORE,
+    WORKS,
+    Caller,
+    Expected,
+    Parts,
+    assert_alive,
+    assert_dead,
+    away,
+    disk_full,
+    new_caller,
+    new_deck,
+    read_only,
+    retried,
+    until_ready,
+    until_unready,
+)
+from service_process import Api, ServiceProcess, assert_problem, eventually
+
+pytestmark = pytest.mark.timeout(120)
+
+#: Redis decides alone what it can: rotations, and who is there.
+AWAY: Expected = WORKS | dict.fromkeys(
+    (
+        "register",
+        "login",
+        "login, wrong password",
+        "me, not cached",
+        "logout, current",
+        "logout, all",
+        "end a session",
+        "revoke an access token",
+        "revoke a refresh token",
+    ),
+    USER_STORE,
+)
+#: Who can be read can log in; what must be remembered is refused.
+UNWRITABLE: Expected = WORKS | dict.fromkeys(
+    (
+        "register",
+        "logout, current",
+        "logout, all",
+        "end a session",
+        "revoke an access token",
+        "revoke a refresh token",
+    ),
+    USER_STORE,
+)
+
+
+@pytest.fixture(scope="module")
+async def service(parts: Parts) -> AsyncIterator[ServiceProcess]:
+    async with parts.services.running(**TIMEOUTS) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+async def caller(service: ServiceProcess) -> AsyncIterator[Caller]:
+    async with service.api() as api:
+        yield await new_caller(service, api)
+
+
+async def users_of(service: ServiceProcess) -> int:
+    return int((await service.query("SELECT count(*) AS n FROM users"))[0]["n"])
+
+
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+async def test_without_postgres_sessions_go_on_and_postgres_back_is_in_use_without_a_restart(
+    service: ServiceProcess, parts: Parts, caller: Caller, api: Api, how: Any
+) -> None:
+    first, second, third = [await new_deck(api, caller) for _ in range(3)]
+    before = await users_of(service)
+    async with away(parts.postgres, how):
+        await first.play(AWAY)
+        await second.play(AWAY)
+        assert first.slow + second.slow <= SLOW_MAX
+        await until_unready(service, "user_store")
+    await until_ready(service)
+    assert await users_of(service) == before
+    for pair in (*first.ended.values(), *second.ended.values()):
+        await assert_alive(api, pair)
+    await third.play(WORKS)
+    for pair in third.ended.values():
+        await assert_dead(api, pair)
+
+
+async def test_a_hundred_requests_at_once_wait_for_a_frozen_postgres_once(
+    service: ServiceProcess, parts: Parts, api: Api
+) -> None:
+    account = await api.new_account()
+    answers: list[httpx.Response] = []
+
+    async def register(number: int) -> None:
+        answers.append(await api.register(f"frozen-{number}@example.com", "a pass phrase"))
+
+    async with away(parts.postgres, "frozen"):
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as group:
+                for number in range(100):
+                    group.start_soon(register, number)
+        for answer in answers:
+            assert_problem(answer, *USER_STORE)
+    await until_ready(service)
+    login = await retried(lambda: api.login(account.username, account.password))
+    assert login.status_code == 200
+
+
+@pytest.mark.parametrize("how", ["read-only", "full disk"])
+async def test_a_postgres_that_only_reads_lets_users_in_and_out_of_nothing(
+    service: ServiceProcess, parts: Parts, caller: Caller, api: Api, how: str
+) -> None:
+    first, second = [await new_deck(api, caller) for _ in range(2)]
+    before = await users_of(service)
+    async with read_only(parts.postgres) if how == "read-only" else disk_full(service):
+        await first.play(UNWRITABLE)
+        # A Postgres that answers is asked: what it refuses to write costs the reading requests nothing.
+        for _ in range(10):
+            assert_problem(await first.requests["register"](), *USER_STORE)
+        assert (await first.requests["login"]()).status_code == 200
+        assert (await api.get("/readyz")).status_code == 200
+    assert await users_of(service) == before
+    for pair in first.ended.values():
+        await assert_alive(api, pair)
+    await second.play(WORKS)
+
+
+@pytest.mark.parametrize("how", ["read-only", "frozen"])
+async def test_a_reuse_that_postgres_cannot_log_ends_the_session_at_once_and_for_good(parts: Parts, how: str) -> None:
+    async with parts.services.running(**TIMEOUTS, AUTHD_REFRESH_GRACE_S="0") as process, process.api() as api:
+        account = await api.new_account()
+        stolen = await api.new_session(account)
+        rightful = await assert_alive(api, stolen)
+        async with read_only(parts.postgres) if how == "read-only" else away(parts.postgres, "frozen"):
+            assert_problem(await api.refresh(stolen["refresh_token"]), 401, "refresh_token_reused")
+            for pair in (rightful, stolen):
+                assert_problem(await api.refresh(pair["refresh_token"]), 401, "refresh_token_reused")
+                assert_problem(await api.me(pair["access_token"]), 401, "token_invalid")
+        await until_ready(process)
+
+        async def is_logged() -> bool:
+            return bool(await process.query("SELECT FROM revocations WHERE reason = 'reused'"))
+
+        await eventually(is_logged)
+        await process.wipe_redis()
+        for pair in (rightful, stolen):
+            assert_problem(await api.refresh(pair["refresh_token"]), 401, "refresh_token_reused")
+
+
+async def test_an_eviction_that_postgres_cannot_log_ends_the_session_at_once_and_for_good(parts: Parts) -> None:
+    async with parts.services.running(**TIMEOUTS) as process, process.api() as api:
+        account = await api.new_account()
+        pairs = [await api.new_session(account) for _ in range(10)]
+        async with read_only(parts.postgres):
+            pairs.append(await api.new_session(account))
+            assert_problem(await api.refresh(pairs[0]["refresh_token"]), 401, "session_evicted")
+            assert_problem(await api.me(pairs[0]["access_token"]), 401, "token_invalid")
+
+        async def is_logged() -> bool:
+            return bool(await process.query("SELECT FROM revocations WHERE reason = 'evicted'"))
+
+        await eventually(is_logged)
+        await process.wipe_redis()
+        assert_problem(await api.refresh(pairs[0]["refresh_token"]), 401, "session_evicted")
+        for pair in pairs[1:]:
+            await assert_alive(api, pair)
+
+
+async def test_both_stores_frozen_cost_a_bounded_wait(
+    service: ServiceProcess, parts: Parts, caller: Caller, api: Api
+) -> None:
+    deck = await new_deck(api, caller)
+    async with away(parts.postgres, "frozen"), away(parts.redis, "frozen"):
+        for name in ("register", "login", "refresh", "me, cached"):
+            problem = assert_problem(await deck.requests[name](), 503)
+            assert problem["code"] in (USER_STORE[1], SESSION_STORE[1])
+        assert (await api.get("/livez")).status_code == 200
+    await until_ready(service)
+    await deck.play(WORKS)
+
+
+async def test_a_start_waits_for_postgres_and_ends_with_a_sentence_where_it_does_not_come(parts: Parts) -> None:
+    async with parts.services.prepared(**TIMEOUTS, AUTHD_START_TIMEOUT_S="3") as process:
+        async with away(parts.postgres, "killed"):
+            done = await process.run("serve")
+            assert done.returncode == 1
+            assert "Traceback" not in done.stderr
+            await process.launch()
+            await eventually(lambda: process.lines("postgres_away"))
+        await until_listening(process)
+
+
+async def until_listening(process: ServiceProcess) -> None:
+    async with process.api() as api:
+
+        async def is_ready() -> bool:
+            try:
+                return (await api.get("/readyz")).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        await eventually(is_ready)

@@ -1,0 +1,210 @@
+"""The objects of a replica that carry events, over real stores."""
+
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from blockbuster import BlockBuster
+
+from authd.config import BUCKETS, Secret, Settings
+from authd.delivery import Publisher
+from authd.kafka.producer import Producer
+from authd.postgres.database import Database, open_database
+from authd.redis.client import RedisClient, open_redis
+from authd.redis.sessions import Client, LiveSession, Opened
+from authd.relay import EventRelay
+from authd.revocations import RevocationFeed
+from authd.stores import PostgresStores, RedisStores
+from authd.tokens import SESSION_ID_BYTES, RefreshToken
+
+PATIENCE_S = 60.0
+POLL_S = 0.02
+CLIENT = Client("192.0.2.1", "a browser")
+KEY_ID = 1
+
+
+@dataclass
+class Node:
+    """What one process has of events. Its relay runs, and its publisher where it was asked for."""
+
+    settings: Settings
+    database: Database
+    redis: RedisClient
+    publisher: Publisher | None
+    remembered: PostgresStores = field(init=False)
+    decided: RedisStores = field(init=False)
+    feed: RevocationFeed = field(init=False)
+    relay: EventRelay = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.remembered = PostgresStores(self.settings, self.database)
+        self.decided = RedisStores(self.settings, self.redis)
+        self.feed = RevocationFeed(self.remembered.revocations, self.decided.sessions, self.offer_lane)
+        self.relay = EventRelay(
+            self.decided.streams, self.remembered.relay, self.remembered.events, self.feed, self.offer_lane
+        )
+
+    def offer_lane(self, lane: int) -> None:
+        if self.publisher is not None:
+            self.publisher.offer(lane)
+
+    async def register(self, full_name: str = "") -> int:
+        """A new user's id."""
+        name = f"{secrets.token_hex(8)}@example.org"
+        user = await self.remembered.users.insert(name, name, full_name, "hash")
+        assert user is not None
+        self.offer_lane(user.id % BUCKETS)
+        return user.id
+
+    async def add_user(self, user_id: int) -> int:
+        """A user with an id of the test's choice, for what shares a bucket."""
+        await self.database.fetch(
+            "INSERT INTO users (id, username, username_key, full_name, password_hash) OVERRIDING SYSTEM VALUE "
+            "VALUES ($1, $2, $2, '', 'hash')",
+            user_id,
+            f"{user_id}@example.org",
+        )
+        return user_id
+
+    async def open(self, user_id: int, epoch: int = 1, *, offer: bool = True) -> LiveSession:
+        """What a login does in Redis; what it evicts is left to the relay."""
+        session_id = secrets.token_bytes(SESSION_ID_BYTES)
+        answer = await self.decided.sessions.open(user_id, epoch, session_id, KEY_ID, CLIENT, 0)
+        assert isinstance(answer, Opened), answer
+        if offer:
+            self.relay.offer(user_id % BUCKETS)
+        return answer.session
+
+    async def reuse(self, user_id: int, session: LiveSession) -> None:
+        """Rotate a session and present the old token again. Needs a grace of 0."""
+        token = RefreshToken(
+            KEY_ID, user_id, session.id, 1, session.counter, session.created_ms, session.issued_ms, session.expires_ms
+        )
+        await self.decided.sessions.rotate(token, KEY_ID, CLIENT, 0)
+
+        async def is_reused() -> bool:
+            answer = await self.decided.sessions.rotate(token, KEY_ID, CLIENT, 0)
+            return getattr(answer, "status", "") in ("reused", "ended")
+
+        await until(is_reused)
+
+    async def end(self, user_id: int, session: LiveSession) -> None:
+        await self.remembered.revocations.end_sessions(user_id, [session.id], "logout")
+        self.offer_lane(user_id % BUCKETS)
+
+    async def rows(self, channel: str = "events", user_id: int | None = None) -> list[Any]:
+        """What waits in the outbox, in its order."""
+        return await self.database.fetch(
+            "SELECT * FROM outbox WHERE channel = $1 AND ($2::bigint IS NULL OR user_id = $2) ORDER BY id",
+            channel,
+            user_id,
+        )
+
+    async def ended(self, user_id: int) -> list[tuple[bytes | None, str]]:
+        rows = await self.database.fetch(
+            "SELECT session_id, reason FROM revocations WHERE user_id = $1 ORDER BY number", user_id
+        )
+        return [(row["session_id"], row["reason"]) for row in rows]
+
+    async def until_relayed(self) -> None:
+        async def is_relayed() -> bool:
+            return not await self.decided.streams.filled()
+
+        await until(is_relayed)
+
+    async def until_published(self) -> None:
+        async def is_published() -> bool:
+            return (await self.remembered.outbox.backlog()).events == 0
+
+        await until(is_published)
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    with anyio.fail_after(PATIENCE_S):
+        while not await condition():  # noqa: ASYNC110
+            await anyio.sleep(POLL_S)
+
+
+def make_settings(database_url: str, redis_url: str, brokers: str = "127.0.0.1:1", **changes: Any) -> Settings:
+    """Of a deployment of the test's own. By default its events are promised, and no publisher can send them."""
+    name = f"t-{secrets.token_hex(8)}"
+    return Settings(
+        **{
+            "database_url": Secret(database_url),
+            "redis_url": Secret(redis_url),
+            "secret": Secret("s" * 32),
+            "deployment": name,
+            "kafka_bootstrap_servers": (brokers,),
+            "kafka_registration_topic": f"{name}.registrations",
+            "kafka_events_topic": f"{name}.events",
+            "kafka_revocations_topic": f"{name}.revocations",
+            "kafka_timeout_s": 3.0,
+            "redis_timeout_s": 5.0,
+            "database_timeout_s": 5.0,
+            "refresh_grace_s": 0,
+            "max_active_sessions": 3,
+        }
+        | changes
+    )
+
+
+@asynccontextmanager
+async def open_node(
+    settings: Settings, guard: BlockBuster, *, relays: bool = True, publishes: bool = False
+) -> AsyncIterator[Node]:
+    """A replica. Its revocation feed always runs."""
+    async with open_database(settings) as database, open_redis(settings) as redis:
+        guard.deactivate()  # what the service does once at its start may block
+        producer = Producer(settings) if publishes else None
+        publisher = Publisher(settings, PostgresStores(settings, database).outbox, producer) if producer else None
+        node = Node(settings, database, redis, publisher)
+        guard.activate()
+        async with anyio.create_task_group() as tree:
+            await tree.start(node.feed.run)
+            if producer is not None and publisher is not None:
+                await tree.start(producer.run)
+                await tree.start(publisher.run)
+            if relays:
+                await tree.start(node.relay.run)
+            yield node
+            tree.cancel_scope.cancel()
+
+
+async def read_topic(settings: Settings, topic: str) -> list[ConsumerRecord]:
+    """All that the topic, of one partition, holds now."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=settings.kafka_bootstrap_servers[0], auto_offset_reset="earliest")
+    partition = TopicPartition(topic, 0)
+    records: list[ConsumerRecord] = []
+    with anyio.fail_after(PATIENCE_S):
+        async with consumer:
+            consumer.assign([partition])
+            end = (await consumer.end_offsets([partition]))[partition]
+            while await consumer.position(partition) < end:
+                for batch in (await consumer.getmany(partition, timeout_ms=500)).values():
+                    records += batch
+    return records
+
+
+async def create_topics(settings: Settings, config: dict[str, str], *topics: str) -> None:
+    async with admin_of(settings) as admin:
+        await admin.create_topics([NewTopic(topic, 1, 1, topic_configs=config) for topic in topics])
+
+
+@asynccontextmanager
+async def admin_of(settings: Settings) -> AsyncIterator[AIOKafkaAdminClient]:
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap_servers[0])
+    await admin.start()
+    try:
+        yield admin
+    finally:
+        await admin.close()
+
+
+def header(record: ConsumerRecord, name: str) -> str:
+    value: bytes = dict(record.headers)[name]
+    return value.decode()
