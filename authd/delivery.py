@@ -172,9 +172,11 @@ class Publisher:
             return
         for refusal in outcome.refused:
             _tell_refusal(refusal)
-        if outcome.away is not None:
+        # A refusal ends the producer, and so what it had under way of other users: that says nothing of the broker.
+        if outcome.away is not None and not outcome.refused:
             self._give_up(lane, "broker_away", str(outcome.away))
             return
+        outcome.has_more |= outcome.away is not None
         # An empty lane says that Postgres is back, and nothing of the broker.
         if self._trouble == "postgres_away" or (self._trouble is not None and outcome.has_answer):
             _log.info("publisher_recovered", trouble=self._trouble)

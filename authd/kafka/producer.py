@@ -112,7 +112,7 @@ class Producer:
                     await connection.ended.wait()
             finally:
                 await self._discard(connection)
-            if connection.has_delivered:
+            if connection.has_answered:
                 backoff.reset()
             await anyio.sleep(backoff.next_s())
 
@@ -161,6 +161,7 @@ class Producer:
         try:
             await connection.acknowledged(delivery)
         except _REFUSALS as error:
+            connection.has_answered = True
             await self._discard(connection, _reason(error))
             raise _BatchRefused(_reason(error)) from error
         except kafka_errors.KafkaError as error:
@@ -170,7 +171,7 @@ class Producer:
             # The deadline or a cancellation: the record may be on its way. See the module's head.
             await self._discard(connection, "no acknowledgement")
             raise
-        connection.has_delivered = True
+        connection.has_answered = True
 
     def _use(self, connection: "_Connection") -> None:
         self._connection = connection
@@ -212,7 +213,7 @@ class _Connection:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.ended = anyio.Event()
-        self.has_delivered = False
+        self.has_answered = False
         self._producer = AIOKafkaProducer(**options)
         self._is_ending = False
         self._requests: set[asyncio.Task[Any]] = set()

@@ -20,8 +20,8 @@ from authd.events import Event
 from authd.kafka.producer import BrokerAway, Producer, RecordRefused
 from authd.postgres.database import Database, open_database
 from authd.postgres.migrate import migrate
-from authd.postgres.outbox import LANE_ROWS, Outbox, add_event
-from authd.postgres.users import Users
+from authd.postgres.outbox import LANE_ROWS, Outbox, add_events
+from authd.stores import PostgresStores
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -72,7 +72,7 @@ async def database(settings: Settings) -> AsyncIterator[Database]:
 
 async def test_a_registration_arrives_as_its_contract_says(settings: Settings, database: Database) -> None:
     async with publisher(settings) as publishing:
-        user = await Users(database).insert("Ann@Example.org", "ann@example.org", "", "hash")
+        user = await PostgresStores(settings, database).users.insert("Ann@Example.org", "ann@example.org", "", "hash")
         assert user is not None
         publishing.offer(user.id % BUCKETS)
         await until_waiting(database, 0)
@@ -247,7 +247,7 @@ async def test_a_refused_event_holds_up_its_user_and_nobody_else(
 async def test_an_event_of_an_unknown_channel_waits_for_a_newer_replica(settings: Settings, database: Database) -> None:
     newer = msgspec.structs.replace(make_event(1, 0), channel="from-the-future")
     async with database.transaction() as connection:
-        await add_event(connection, newer)
+        await add_events(connection, [newer])
     await add(database, 1 + BUCKETS, 0)
     async with publisher(settings):
         await until_waiting(database, 1)
@@ -354,13 +354,19 @@ async def publisher(settings: Settings, queue_max: int = BUCKETS) -> AsyncIterat
 def make_event(user_id: int, number: int, padding: int = 0) -> Event:
     value = json.dumps({"user_id": user_id, "number": number, "padding": "x" * padding}).encode()
     return Event(
-        id=uuid.uuid4(), channel="registration", type="user.registered", version=1, user_id=user_id, value=value
+        id=uuid.uuid4(),
+        channel="registration",
+        type="user.registered",
+        version=1,
+        user_id=user_id,
+        key=None,
+        value=value,
     )
 
 
 async def add(database: Database, user_id: int, number: int, padding: int = 0) -> None:
     async with database.transaction() as connection:
-        await add_event(connection, make_event(user_id, number, padding))
+        await add_events(connection, [make_event(user_id, number, padding)])
 
 
 async def first_deliveries(settings: Settings) -> dict[int, list[int]]:

@@ -16,6 +16,7 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "database_pool_max": (2, 200),
     "redis_pool_max": (2, 1000),
     "user_cache_ttl_s": (1, DAYS_366),
+    "outbox_degraded_s": (1, DAYS_366),
     "stream_max": (1, 1_000_000),
     "access_ttl_s": (1, DAYS_366),
     "refresh_ttl_s": (1, DAYS_366),
