@@ -53,7 +53,7 @@ async def run(seconds: float, cost: int, threads: int) -> int:
         paced = await clients(task | {"refresh_rate": flooded["refresh"]["rate"]})
         bare.terminate()
         assert bare.stdout is not None
-        bare_rate = hashes_within(json.loads(await bare.stdout.receive()), seconds)
+        bare_rate = hashes_within(json.loads(b"".join([part async for part in bare.stdout])), seconds)
         show(f"beside {threads} bare bcrypt threads", paced)
         print(f"bcrypt, cost {cost}: {bare_rate:.2f} bare hashes/s; {flooded['login']['rate']:.2f} logins/s", end="; ")
         print(f"{flooded['refused']} logins refused")
@@ -114,8 +114,7 @@ def hash_until_told(threads: int, cost: int) -> None:
     for _ in range(threads):
         threading.Thread(target=work, daemon=True).start()
     signal.sigwait({signal.SIGTERM})
-    json.dump(sorted(ended_at), sys.stdout)
-    sys.stdout.flush()
+    print(json.dumps(sorted(ended_at)), flush=True)
     os._exit(0)
 
 
