@@ -30,6 +30,7 @@ RATE_KEPT_MIN, P99_FACTOR_MAX, LOGINS_PART_MIN, LIVEZ_MS_MAX = 0.5, 3.0, 0.85, 1
 
 
 async def run(seconds: float, cost: int, threads: int) -> int:
+    print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} before the run: others' work distorts it")
     async with deployment(AUTHD_BCRYPT_COST=str(cost), AUTHD_HASH_THREADS=str(threads)) as port:
         names = [f"{secrets.token_hex(8)}@example.com" for _ in range(2 * CLIENTS)]
         connection = await Connection.open(port)
@@ -80,8 +81,9 @@ def show(phase: str, seen: dict[str, Any]) -> None:
     refresh, livez = seen["refresh"], seen["livez"]
     print(f"{phase:28} {refresh['rate']:7.1f} refreshes/s, p50 {refresh['p50_ms']:.1f} ms,", end=" ")
     print(
-        f"p99 {refresh['p99_ms']:.1f} ms; /livez p99 {livez['p99_ms']:.1f} ms, max {livez['max_ms']:.1f} ms", flush=True
+        f"p99 {refresh['p99_ms']:.1f} ms; /livez p99 {livez['p99_ms']:.1f} ms, max {livez['max_ms']:.1f} ms;", end=" "
     )
+    print(f"the client itself woke up to {seen['lag_ms']:.0f} ms late", flush=True)
 
 
 async def clients(task: dict[str, Any]) -> dict[str, Any]:
