@@ -365,9 +365,21 @@ async def test_an_abandoned_script_does_not_act_after_its_deadline(tmp_path: Pat
             await server.resume()
             assert await raw.ping()
             assert await state(raw, deployment) == before
-            # It is settled now, in time: the client's clock of this Redis is right again.
+            # It is settled now, in time: the client's clock of this Redis is right again. The breaker takes a moment to
+            # believe it.
+            with anyio.fail_after(10):
+                while not await answers(client):
+                    await anyio.sleep(0.05)
             await throttle.settle(attempt, FAILED)
             assert {fields[b"n"] for fields in (await state(raw, deployment)).values()} == {b"1"}
+
+
+async def answers(client: RedisClient) -> bool:
+    try:
+        await client.ping()
+    except Unavailable:
+        return False
+    return True
 
 
 async def test_counters_live_on_every_node_of_a_cluster(redis_cluster: RedisCluster, deployment: str) -> None:
