@@ -368,7 +368,7 @@ async def test_an_abandoned_script_does_not_act_after_its_deadline(tmp_path: Pat
             # It is settled now, in time: the client's clock of this Redis is right again. The breaker takes a moment to
             # believe it.
             with anyio.fail_after(10):
-                while not await answers(client):
+                while not await answers(client):  # noqa: ASYNC110
                     await anyio.sleep(0.05)
             await throttle.settle(attempt, FAILED)
             assert {fields[b"n"] for fields in (await state(raw, deployment)).values()} == {b"1"}
