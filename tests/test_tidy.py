@@ -319,6 +319,16 @@ def test_the_readme_has_every_endpoint() -> None:
     assert len(routes()) > 5
 
 
+def test_the_threat_model_names_tests_that_exist() -> None:
+    named = re.findall(
+        r"((?:unit|service|e2e|fault)/test_\w+\.py)(?:::(test_\w+))?",
+        (ROOT / "docs" / "threat-model.md").read_text("utf-8"),
+    )
+    assert named
+    for file, test in named:
+        assert f"def {test}" in (ROOT / "tests" / file).read_text("utf-8"), (file, test)
+
+
 # Metrics and log events
 
 
