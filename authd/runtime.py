@@ -5,6 +5,7 @@ before whoever drains. Expected trouble is handled inside each task; anything el
 the process with an error: starting again is the orchestrator's work.
 """
 
+import gc
 import os
 import signal
 import socket
@@ -47,6 +48,8 @@ from authd.tokens import TokenMint
 #: Time after all deadlines of a shutdown at which the process ends without ceremony.
 LAST_RESORT_S = 10.0
 START_RETRY_MAX_S = 2.0
+#: New objects between two collections; Python's 700 are those of a request or two.
+GC_OBJECTS = 20_000
 
 #: What ends a start with a sentence and not with a traceback.
 START_ERRORS = (*MIGRATION_ERRORS, SealedByAnotherSecret)
@@ -128,6 +131,9 @@ async def _serve(
         await tree.enter_async_context(running(health.run))
         await tree.enter_async_context(running(hasher.run))
         await tree.enter_async_context(_serving(app, listener, settings, health))
+        # What is built by now stays: the collector need not look at it again, nor after every few requests.
+        gc.freeze()
+        gc.set_threshold(GC_OBJECTS)
         _log.info("ready", bind=settings.bind, pid=os.getpid())
         if on_ready is not None:
             on_ready()
