@@ -118,9 +118,7 @@ class Histories(RuleBasedStateMachine):
             return "rotated"
         if token.counter < device.counter and self.is_recent(device):
             return "repeated" if token.counter == device.counter - 1 else "refresh_token_superseded"
-        if token.counter == device.counter or (
-            token.counter > device.counter and device.issued_ms <= token.issued_ms + GRACE_MS
-        ):
+        if token.counter >= device.counter and device.issued_ms <= token.issued_ms + GRACE_MS:
             device.counter = token.counter + 1
             return "rotated"
         device.ended, device.in_redis = "refresh_token_reused", False
