@@ -102,7 +102,7 @@ class TokenDesk:
 
     async def _introspect_access(self, token: str) -> dict[str, Any] | None:
         try:
-            claims, _ = await self._sessions.authenticate(token)
+            claims, live = await self._sessions.authenticate(token)
         except InvalidAccessToken:
             return None
         return {
@@ -110,6 +110,7 @@ class TokenDesk:
             "token_type": "Bearer",
             "sub": str(claims.user_id),
             "sid": encode_base64url(claims.session_id),
+            "epoch": live.session.epoch,
             "exp": claims.expires_at,
             "iat": claims.issued_at,
             "jti": claims.token_id,

@@ -80,7 +80,8 @@ async def log_in_for_ever(watch: Watch, port: int, username: str, password: str,
     connection.close()
 
 
-async def probe_for_ever(watch: Watch, port: int) -> None:
+async def probe_for_ever(watch: Watch, port: int, lags_s: list[float]) -> None:
+    """Beside the answers, how late this process itself wakes up: what a busy machine adds to every figure here."""
     connection = await Connection.open(port)
 
     async def probe() -> None:
@@ -89,7 +90,9 @@ async def probe_for_ever(watch: Watch, port: int) -> None:
 
     while not watch.is_over:
         await watch.time(probe)
+        due = time.perf_counter() + PROBE_INTERVAL_S
         await asyncio.sleep(PROBE_INTERVAL_S)
+        lags_s.append(time.perf_counter() - due)
     connection.close()
 
 
@@ -104,9 +107,10 @@ async def main(task: dict[str, Any]) -> dict[str, Any]:
     connection.close()
     refreshes, logins, probes = (Watch(task["warm_up_s"], task["measured_s"]) for _ in range(3))
     refused: Counter[int] = Counter()
+    lags_s = [0.0]
     interval_s = len(tokens) / task["refresh_rate"] if task["refresh_rate"] else 0.0
     async with asyncio.TaskGroup() as group:
-        group.create_task(probe_for_ever(probes, port))
+        group.create_task(probe_for_ever(probes, port, lags_s))
         for token in tokens:
             group.create_task(refresh_for_ever(refreshes, port, token, interval_s))
         for username in task["floods"]:
@@ -116,6 +120,7 @@ async def main(task: dict[str, Any]) -> dict[str, Any]:
         "login": logins.summary(),
         "livez": probes.summary(),
         "refused": sum(refused.values()),
+        "lag_ms": 1000 * max(lags_s),
     }
 
 

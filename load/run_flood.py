@@ -30,6 +30,7 @@ RATE_KEPT_MIN, P99_FACTOR_MAX, LOGINS_PART_MIN, LIVEZ_MS_MAX = 0.5, 3.0, 0.85, 1
 
 
 async def run(seconds: float, cost: int, threads: int) -> int:
+    print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} before the run: others' work distorts it")
     async with deployment(AUTHD_BCRYPT_COST=str(cost), AUTHD_HASH_THREADS=str(threads)) as port:
         names = [f"{secrets.token_hex(8)}@example.com" for _ in range(2 * CLIENTS)]
         connection = await Connection.open(port)
@@ -53,7 +54,7 @@ async def run(seconds: float, cost: int, threads: int) -> int:
         paced = await clients(task | {"refresh_rate": flooded["refresh"]["rate"]})
         bare.terminate()
         assert bare.stdout is not None
-        bare_rate = hashes_within(json.loads(await bare.stdout.receive()), seconds)
+        bare_rate = hashes_within(json.loads(b"".join([part async for part in bare.stdout])), seconds)
         show(f"beside {threads} bare bcrypt threads", paced)
         print(f"bcrypt, cost {cost}: {bare_rate:.2f} bare hashes/s; {flooded['login']['rate']:.2f} logins/s", end="; ")
         print(f"{flooded['refused']} logins refused")
@@ -80,8 +81,9 @@ def show(phase: str, seen: dict[str, Any]) -> None:
     refresh, livez = seen["refresh"], seen["livez"]
     print(f"{phase:28} {refresh['rate']:7.1f} refreshes/s, p50 {refresh['p50_ms']:.1f} ms,", end=" ")
     print(
-        f"p99 {refresh['p99_ms']:.1f} ms; /livez p99 {livez['p99_ms']:.1f} ms, max {livez['max_ms']:.1f} ms", flush=True
+        f"p99 {refresh['p99_ms']:.1f} ms; /livez p99 {livez['p99_ms']:.1f} ms, max {livez['max_ms']:.1f} ms;", end=" "
     )
+    print(f"the client itself woke up to {seen['lag_ms']:.0f} ms late", flush=True)
 
 
 async def clients(task: dict[str, Any]) -> dict[str, Any]:
@@ -114,8 +116,7 @@ def hash_until_told(threads: int, cost: int) -> None:
     for _ in range(threads):
         threading.Thread(target=work, daemon=True).start()
     signal.sigwait({signal.SIGTERM})
-    json.dump(sorted(ended_at), sys.stdout)
-    sys.stdout.flush()
+    print(json.dumps(sorted(ended_at)), flush=True)
     os._exit(0)
 
 

@@ -8,6 +8,11 @@ from typing import Any, NoReturn
 import pytest
 import uvloop
 from blockbuster import blockbuster_ctx
+from hypothesis import settings
+
+# The same examples in every run, and none too slow: a build does not turn red by itself on a busy machine.
+settings.register_profile("authd", deadline=None, derandomize=True)
+settings.load_profile("authd")
 
 pytest_plugins = ["stores", "service_process", "service.world", "fault.parts"]
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from quart import Request
@@ -11,6 +12,9 @@ from authd.errors import MissingToken
 from authd.redis.sessions import Client, shorten_user_agent
 
 Address = IPv4Address | IPv6Address
+
+#: Texts whose address is remembered: a client's requests come in numbers.
+ADDRESSES_MAX = 4096
 
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
@@ -102,6 +106,7 @@ def _forwarded_address(node: str | None) -> Address | None:
     return _address(found["v4"] or found["v6"]) if found else None
 
 
+@lru_cache(ADDRESSES_MAX)
 def _address(text: str) -> Address | None:
     try:
         address = ip_address(text.strip().partition("%")[0])

@@ -70,6 +70,7 @@ class Introspection(msgspec.Struct):
     token_type: Literal["Bearer", "refresh_token"] | UnsetType = UNSET
     sub: str | UnsetType = UNSET
     sid: str | UnsetType = UNSET
+    epoch: int | UnsetType = UNSET
     exp: int | UnsetType = UNSET
     iat: int | UnsetType = UNSET
     jti: str | UnsetType = UNSET

@@ -3,6 +3,7 @@
 All of a user's sessions are one hash in the user's bucket; `scripts/session_format.lua` has its layout.
 """
 
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any, Literal
 
@@ -19,6 +20,9 @@ USER_AGENT_BYTES_MAX = 64
 TOMBSTONE_TTL_MS = 600_000
 #: How long a refused rebuild is remembered.
 BURIED_TTL_MS = 60_000
+
+#: Addresses whose other form is remembered: a client's requests come in numbers.
+ADDRESSES_MAX = 4096
 
 _HEADER_BYTES = 33
 
@@ -275,7 +279,7 @@ class SessionStore:
 
 def shorten_user_agent(text: str) -> str:
     """At most USER_AGENT_BYTES_MAX bytes of printable text."""
-    printable = "".join(character for character in text if character.isprintable())
+    printable = text if text.isprintable() else "".join(character for character in text if character.isprintable())
     return printable.encode("utf-8", "replace")[:USER_AGENT_BYTES_MAX].decode("utf-8", "ignore")
 
 
@@ -295,11 +299,21 @@ def _denied(status: str, reply: list[Any]) -> Denied:
 def unpack_client(packed: bytes) -> Client:
     """What `_pack_client` packed: the address's length, the address, the user agent."""
     end = 1 + packed[0]
-    return Client(str(ip_address(packed[1:end])), packed[end:].decode("utf-8", "replace"))
+    return Client(_unpack_address(packed[1:end]), packed[end:].decode("utf-8", "replace"))
+
+
+@lru_cache(ADDRESSES_MAX)
+def _pack_address(text: str) -> bytes:
+    return ip_address(text).packed
+
+
+@lru_cache(ADDRESSES_MAX)
+def _unpack_address(packed: bytes) -> str:
+    return str(ip_address(packed))
 
 
 def _pack_client(client: Client) -> bytes:
-    address = ip_address(client.address).packed
+    address = _pack_address(client.address)
     return bytes([len(address)]) + address + client.user_agent.encode()
 
 

@@ -115,7 +115,7 @@ async def test_events_of_the_time_before_kafka_arrive_when_it_comes(
             with anyio.fail_after(5):
                 accounts = [await api.new_account() for _ in range(3)]
                 await api.new_session(accounts[0])
-            assert len(await process.query("SELECT 1 FROM outbox")) == 3
+            assert len(await process.query("SELECT 1 FROM outbox WHERE channel = 'registration'")) == 3
             await kafka_broker.start()
             await until_published(process)
             for account in accounts:
@@ -142,7 +142,7 @@ async def test_the_event_of_an_answered_registration_survives_a_kill_before_it_w
                 await process.kill()
             finally:
                 await kafka_broker.resume()
-        assert len(await process.query("SELECT 1 FROM outbox")) == 1
+        assert len(await process.query("SELECT 1 FROM outbox WHERE channel = 'registration'")) == 1
         await process.start()
         await until_published(process)
         assert_one_event(await records_of(kafka_broker, process.topic, account.user_id), account.registered)

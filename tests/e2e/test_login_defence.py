@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import bcrypt
 import pytest
-from service_process import Account, Api, ServiceProcess, Services, assert_problem
+from service_process import Account, Api, ServiceProcess, Services, assert_problem, eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -188,9 +188,11 @@ async def test_users_unlock_opens_the_account_and_the_pair(api: Api, service: Se
     done = await service.run("users", "unlock", account.username.upper())
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, f"Account: forgot {ACCOUNT_MAX} failures.")
     assert (await api.login(account.username, account.password)).status_code == 200
+    locks = len(service.lines("login_locked"))
     await guess_at_once(api, account, PAIR_MAX)
     assert_problem(await api.login(account.username, account.password), 429, "login_locked")
-    address = service.lines("login_locked")[-1]["address"]
+    [lock] = await eventually(lambda: service.lines("login_locked")[locks:])
+    address = lock["address"]
     done = await service.run("users", "unlock", account.username, "--address", address)
     assert done.returncode == 0 and f"Pair with {address}: forgot {PAIR_MAX} failures." in done.stdout
     assert (await api.login(account.username, account.password)).status_code == 200

@@ -196,7 +196,7 @@ async def test_an_active_access_token_is_told_by_its_claims(
         assert answer.status_code == 200
         assert (answer.headers["Content-Type"], answer.headers["Cache-Control"]) == ("application/json", "no-store")
         assert answer.json() == {"active": True, "token_type": "Bearer", **claims}
-    assert claims.keys() == {"iss", "sub", "sid", "jti", "iat", "exp"}
+    assert claims.keys() == {"iss", "sub", "sid", "epoch", "jti", "iat", "exp"}
     assert (claims["iss"], claims["sub"]) == (ISSUER, str(account.user_id))
 
 
