@@ -252,6 +252,10 @@ class Sessions:
                 return self._pair(user.id, answer.session)
             if answer.status == "refused":
                 raise SessionLimit
+            if answer.status == "ended":
+                # Opened by a run whose reply did not count, and evicted since: this login begins anew.
+                session_id = secrets.token_bytes(SESSION_ID_BYTES)
+                continue
             # All sessions ended while the password was hashed. What was verified may be an old password.
             fresh = await self._users.find(user.id)
             if fresh is None or fresh.disabled or fresh.password_hash != user.password_hash:

@@ -117,6 +117,8 @@ async def test_a_script_that_ran_twice_changed_nothing_the_second_time(
             after_one = await world.dump()
             again = await run(self, keys, args)
             after_two = await world.dump()
+        if "registrations" in keys[0]:  # counts twice, and says so
+            return reply
         if "profile" not in keys[0]:
             assert after_two == after_one, (reply, again)
         assert {key: value for key, (value, _) in after_two.items()} == {
@@ -163,3 +165,5 @@ async def use_every_script(world: World) -> None:
         await world.login(user, "wrong")
     attempt = await world.throttle.reserve(CLIENT.address, "somebody@example.org")
     assert attempt
+    await world.throttle.count_registration(CLIENT.address)
+    await world.throttle.forgive("somebody@example.org", CLIENT.address)

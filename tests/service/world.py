@@ -239,8 +239,13 @@ class World(Replica):
         """Every key with its value and the time it expires at."""
         found: dict[str, tuple[bytes | dict[bytes, bytes], int]] = {}
         for key in await self.keys():
-            is_hash = await self.raw.type(key) == b"hash"
-            value = await self.raw.hgetall(key) if is_hash else await self.raw.get(key)
+            match await self.raw.type(key):
+                case b"hash":
+                    value = await self.raw.hgetall(key)
+                case b"stream":
+                    value = repr(await self.raw.xrange(key)).encode()
+                case _:
+                    value = await self.raw.get(key)
             found[key] = (value, await self.raw.pexpiretime(key))
         return found
 
