@@ -6,7 +6,6 @@ request that hangs up stops nothing, it only waits.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 import anyio
 import structlog

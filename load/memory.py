@@ -41,7 +41,11 @@ async def measure(name: str, config: dict[str, str], options: argparse.Namespace
     with tempfile.TemporaryDirectory(prefix="authd-memory-") as folder:
         async with RedisServer(Path(folder), durable=False, config=config) as server:
             settings = Settings(
-                database_url=Secret("unused"), redis_url=Secret(server.url), secret=Secret("-"), deployment="memory"
+                database_url=Secret("unused"),
+                redis_url=Secret(server.url),
+                secret=Secret("-"),
+                deployment="memory",
+                kafka_bootstrap_servers=("unused",),  # so that events are told, and their streams are there
             )
             async with Redis.from_url(server.url) as redis:
                 started = time.monotonic()

@@ -87,7 +87,8 @@ class App(Quart):
 
 
 async def _has_whole_body(request: Request) -> bool:
-    if not request.content_length and "Transfer-Encoding" not in request.headers:
+    # Asked of the event itself: to wait for what is there already would cost a scope.
+    if request.body._complete.is_set() or not (request.content_length or "Transfer-Encoding" in request.headers):
         return True
     with anyio.move_on_after(BODY_REST_S):
         try:

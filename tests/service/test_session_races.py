@@ -151,6 +151,7 @@ async def test_five_hundred_logins_of_one_user_leave_ten_sessions(
     assert (len(kept), len(evicted)) == (10, count - 10)
     # Those that the script opened last. Within a millisecond there is no order but the ids'.
     assert min(token.created_ms for token in kept) >= max(token.created_ms for token in evicted)
+    await until_rows(world, user, count - 10)
     rows = await world.rows(user.id)
     assert sorted(rows) == sorted((token.session_id, None, "evicted") for token in evicted)
     opened = [call for call in script_calls if call.status == "opened"]
@@ -162,13 +163,29 @@ async def test_five_hundred_logins_of_one_user_leave_ten_sessions(
         assert await world.bearer(reply.access_token) == ("ok" if is_live else "token_invalid")
 
 
-async def test_logins_at_two_replicas_hold_one_cap(world: World) -> None:
+async def test_logins_at_two_replicas_hold_one_cap(world: World, script_calls: list[ScriptCall]) -> None:
     user = await world.register()
     other = await world.replica()
-    replies = await together(*[partial(r.open, user) for r in (world, other) for _ in range(60)])
-    assert all(isinstance(reply, TokenPair) for reply in replies), Counter(map(repr, replies))
-    assert len(await world.live(user.id)) == 10
-    assert Counter(reason for _, _, reason in await world.rows(user.id)) == {"evicted": 110}
+    async with anyio.create_task_group() as tree:
+        await tree.start(world.relay.run)
+        replies = await together(*[partial(r.open, user) for r in (world, other) for _ in range(60)])
+        assert all(isinstance(reply, TokenPair) for reply in replies), Counter(map(repr, replies))
+        assert len(await world.live(user.id)) == 10
+        # A login that a script has to be run for twice may evict twice; none of them is missing in the log.
+        evicted = {id_ for call in script_calls if call.status == "opened" for id_ in call.reply[4:]}
+        assert len(evicted) >= 110
+        await until_rows(world, user, len(evicted))
+        tree.cancel_scope.cancel()
+    assert {id_ for id_, _, _ in await world.rows(user.id)} == evicted
+
+
+async def until_rows(world: World, user: User, count: int) -> None:
+    """An answer waits only so long for its rows; the tasks write them all the same."""
+
+    async def are_there() -> bool:
+        return len(await world.rows(user.id)) >= count
+
+    await until(are_there)
 
 
 # Endings that race
@@ -298,10 +315,10 @@ async def test_a_rebuild_that_races_a_logout_leaves_no_live_token(world: World) 
 # A slot that moves
 
 
+@pytest.mark.parametrize("redis_url", ["cluster"], indirect=True)
 async def test_while_a_slot_moves_nobody_gets_a_wrong_answer(make_world: MakeWorld) -> None:
     world = await make_world(redis_timeout_s=2.0)
-    if not isinstance(world.raw, RedisCluster):
-        pytest.skip("one Redis has no slots to move")
+    assert isinstance(world.raw, RedisCluster)
     user = await world.register()
     await world.end_all(user)  # so that the bucket's mark is a key that moves, too
     found = await world.users.find(user.id)
