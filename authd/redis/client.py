@@ -147,8 +147,7 @@ class RedisClient:
 
     async def _call(self, key: str, call: Awaitable[T]) -> T:
         """The result of one call, under the deadline and the breaker of the key's part. Without context managers of our
-        own: this
-        is in the way of every request.
+        own: this is in the way of every request.
         """
         breaker = self._breaker(key)
         try:
