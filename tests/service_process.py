@@ -326,7 +326,10 @@ class ServiceProcess:
 class Services:
     """Starts processes over the shared stores. Each has its own database, cloned from a migrated one."""
 
-    def __init__(self, postgres: PostgresServer, redis: RedisServer, template: str) -> None:
+    def __init__(
+        self, postgres: PostgresServer, redis: RedisServer, template: str, defaults: dict[str, str] | None = None
+    ) -> None:
+        self._defaults = {"AUTHD_BCRYPT_COST": "4"} | (defaults or {})
         self._postgres = postgres
         self._redis = redis
         self._template = template
@@ -375,7 +378,7 @@ class Services:
     def _settings(self, name: str) -> dict[str, str]:
         url = self._postgres.database_url(name).replace("postgres@", f"postgres:{DATABASE_PASSWORD}@")
         # Where there is a `.test.env`, it may change how the processes run, but not where they find their stores.
-        chosen = {"AUTHD_BCRYPT_COST": "4"} | read_values({}, env_file=Path(".test.env"))
+        chosen = self._defaults | read_values({}, env_file=Path(".test.env"))
         return chosen | {
             "AUTHD_BIND": f"127.0.0.1:{free_port()}",
             "AUTHD_DATABASE_URL": f"{url}?sslmode=disable",

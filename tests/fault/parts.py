@@ -24,6 +24,8 @@ from authd.embedded import KafkaBroker, PostgresServer, RedisServer, fetch_libs
 from authd.embedded.processes import EmbeddedServer
 
 #: Shorter than the defaults, so that a frozen part costs the tests less; long enough for a busy machine.
+#: All clients of these tests are one address.
+CROWD = {"AUTHD_ADDRESS_MAX_FAILURES": "100000"}
 TIMEOUTS = {"AUTHD_REDIS_TIMEOUT_S": "0.8", "AUTHD_DATABASE_TIMEOUT_S": "1.2", "AUTHD_KAFKA_TIMEOUT_S": "3"}
 #: An answer slower than this has waited for a frozen part.
 SLOW_S = 0.6
@@ -75,7 +77,7 @@ async def parts(anyio_backend: object, stores_folder: Any) -> AsyncIterator[Part
         # Durable, so that a kill loses nothing: a wipe is a test of its own.
         RedisServer(folder / "redis", durable=True) as redis,
     ):
-        yield Parts(postgres, redis, Services(postgres, redis, await make_template(postgres, redis)))
+        yield Parts(postgres, redis, Services(postgres, redis, await make_template(postgres, redis), CROWD))
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,9 @@ async def test_what_was_accepted_before_sigterm_is_answered_and_told(parts: Part
 
             async def all_wait() -> bool:
                 text = (await api.get("/metrics")).text
-                waiting = next(line for line in text.splitlines() if line.startswith("authd_hash_waiting "))
+                waiting = next(
+                    line for line in text.splitlines() if line.startswith('authd_hash_waiting{queue="others"}')
+                )
                 return float(waiting.split()[1]) + sum(answers.values()) >= 30
 
             await eventually(all_wait)

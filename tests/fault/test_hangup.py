@@ -334,7 +334,9 @@ async def test_nothing_has_leaked(bench: Bench) -> None:
         for _ in range(40):
             group.start_soon(login)
     assert {answer.status_code for answer in answers} == {200}
-    waiting = re.search(r"^authd_hash_waiting (\S+)$", (await bench.api.get("/metrics")).text, re.MULTILINE)
+    waiting = re.search(
+        r"^authd_hash_waiting\{queue=\"others\"\} (\S+)$", (await bench.api.get("/metrics")).text, re.MULTILINE
+    )
     assert waiting and float(waiting[1]) == 0
     # No request is left that the drain would wait for.
     bench.process.signal()
