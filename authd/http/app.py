@@ -1,5 +1,6 @@
 """The Quart application: one deadline, one log line and one form of error for every request."""
 
+import asyncio
 import re
 import secrets
 import time
@@ -28,22 +29,29 @@ BODY_REST_S = 0.5
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 #: Asked every few seconds by machines: a line for each would bury the rest.
 _PROBES = {"/livez", "/readyz", "/metrics"}
-_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 408: "body_timeout", 413: "body_too_large"}
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 _log = structlog.get_logger()
 
 
+class _Request(Request):
+    @property
+    def blueprints(self) -> list[str]:
+        """None: Quart would look for hooks of theirs, several times a request, and there are none."""
+        return []
+
+
 class App(Quart):
-    """`inflight` holds the scope of every request that is being answered: cancelling them ends the drain."""
+    """`inflight` holds the deadline of every request that is being answered."""
+
+    request_class = _Request
 
     def __init__(self, settings: Settings, blueprints: Sequence[Blueprint]) -> None:
         super().__init__("authd", static_folder=None, template_folder=None)
-        self.inflight: set[anyio.CancelScope] = set()
+        self.inflight: set[asyncio.Timeout] = set()
         self.is_draining = False
         self._timeout_s = settings.request_timeout_s
         self.config["MAX_CONTENT_LENGTH"] = settings.body_max_bytes
-        self.config["BODY_TIMEOUT"] = settings.request_timeout_s
-        self.config["RESPONSE_TIMEOUT"] = settings.request_timeout_s
         self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
         # `//host/path` is a path that we do not have, and nothing to redirect to.
         self.url_map.merge_slashes = False
@@ -53,6 +61,12 @@ class App(Quart):
         self.register_error_handler(Refusal, _on_refusal)
         self.register_error_handler(HTTPException, _on_http_exception)
         self.register_error_handler(Exception, _on_fault)
+
+    def end_requests(self) -> None:
+        """Every request's deadline is now: what the drain ends with."""
+        for deadline in self.inflight:
+            if not deadline.expired():
+                deadline.reschedule(asyncio.get_running_loop().time())
 
     async def handle_request(self, request: Request) -> ResponseTypes:
         # Runs in the handler's own task, outside every hook. A deadline in a hook or around the ASGI call would answer
@@ -65,15 +79,7 @@ class App(Quart):
         structlog.contextvars.bind_contextvars(request_id=request_id)
         response: ResponseTypes | None = None
         try:
-            with anyio.CancelScope(deadline=anyio.current_time() + self._timeout_s) as scope:
-                self.inflight.add(scope)
-                try:
-                    response = self._cors.preflight(request) or await super().handle_request(request)
-                finally:
-                    self.inflight.discard(scope)
-            if response is None:
-                metrics.unavailable.labels("deadline").inc()
-                response = deadline_response()
+            response = await self._answer(request)
             if not await _has_whole_body(request) or self.is_draining:
                 # It ends after this answer; a client that is not told would use it again.
                 response.headers["Connection"] = "close"
@@ -85,10 +91,23 @@ class App(Quart):
         finally:
             _record(request, response, time.perf_counter() - started)
 
+    async def _answer(self, request: Request) -> ResponseTypes:
+        deadline = asyncio.timeout(self._timeout_s)  # anyio's scope costs several times as much
+        try:
+            async with deadline:
+                self.inflight.add(deadline)
+                return self._cors.preflight(request) or await super().handle_request(request)
+        except TimeoutError:
+            if not _has_read_body(request):
+                return problem_response("body_timeout", "The body did not come within the time of a request.")
+            metrics.unavailable.labels("deadline").inc()
+            return deadline_response()
+        finally:
+            self.inflight.discard(deadline)
+
 
 async def _has_whole_body(request: Request) -> bool:
-    # Asked of the event itself: to wait for what is there already would cost a scope.
-    if request.body._complete.is_set() or not (request.content_length or "Transfer-Encoding" in request.headers):
+    if _has_read_body(request):
         return True
     with anyio.move_on_after(BODY_REST_S):
         try:
@@ -97,6 +116,12 @@ async def _has_whole_body(request: Request) -> bool:
             return False
         return True
     return False
+
+
+def _has_read_body(request: Request) -> bool:
+    # Asked of the event itself: to wait for what is there already would cost a scope.
+    is_expected = request.content_length or "Transfer-Encoding" in request.headers
+    return request.body._complete.is_set() or not is_expected
 
 
 def _record(request: Request, response: ResponseTypes | None, seconds: float) -> None:

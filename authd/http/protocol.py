@@ -9,7 +9,7 @@ from typing import Any
 import h11
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
-from hypercorn.events import Closed
+from hypercorn.events import Closed, RawData
 from hypercorn.protocol.h11 import H11Protocol
 
 from authd.http.problems import MEDIA_TYPE, PROBLEMS, SECURITY_HEADERS, problem_body
@@ -37,6 +37,7 @@ class Http1(H11Protocol):
         app, *others = rest
         super().__init__(app, config, context, *others)
         self._headers_max = headers_max
+        self._head = b""
 
     @property
     def is_idle(self) -> bool:
@@ -75,6 +76,21 @@ class Http1(H11Protocol):
         if not request.target.startswith((b"/", b"http://", b"https://")):  # `*`, and what CONNECT asks for
             return "bad_http"
         return None
+
+    async def _send_h11_event(self, event: Any) -> None:
+        try:
+            data = self.connection.send(event) or b""
+        except h11.LocalProtocolError:
+            if self.connection.their_state != h11.ERROR:
+                raise
+            return
+        if isinstance(event, h11.Response):
+            # It waits for what follows it: a small answer is one write and one segment.
+            self._head = data
+            return
+        data, self._head = self._head + data, b""
+        if data:
+            await self.send(RawData(data))
 
     async def _send_error_response(self, status_code: int) -> None:
         """What the parser did not understand."""

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import anyio
 import structlog
-from hypercorn.asyncio.task_group import TaskGroup
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
@@ -22,6 +21,7 @@ from hypercorn.typing import ConnectionState
 
 from authd.config import Settings
 from authd.http.app import App
+from authd.http.exchange import Exchanges
 from authd.http.problems import PROBLEMS, problem_body
 from authd.http.protocol import Http1, problem_headers
 from authd.observe import metrics
@@ -29,6 +29,8 @@ from authd.observe import metrics
 LISTEN_BACKLOG = 1024
 REQUESTS_PER_CONNECTION_MAX = 1000
 READ_BYTES = 65_536
+#: What a connection has been sent and its client has not taken yet, before we wait for it.
+WRITE_BUFFER_BYTES = 65_536
 #: How long a closing connection waits for the client to take the last answer and to close too.
 LINGER_S = 1.0
 #: Refusals that linger at a time; beyond it a connection is closed without a word.
@@ -49,20 +51,12 @@ class HttpServer:
         self.settings = settings
         self.config = _hypercorn_config(settings)
         self.context = WorkerContext(None)
-        self._app = app
+        self.app = app
         self._connections: set[_Connection] = set()
         #: Since when each waits for its client, the first of them first; some no longer do.
         self._waiting: dict[_Connection, float] = {}
         self._refusals: set[_Refusal] = set()
         self._gone = anyio.Event()
-
-    async def app(self, scope: Any, receive: Any, send: Any, *_: Any) -> None:
-        """The application as Hypercorn calls it, which would lose an exception."""
-        try:
-            await self._app(scope, receive, send)
-        except Exception as error:
-            _log.error("fault", exc_info=error)
-            raise
 
     @asynccontextmanager
     async def serving(self, listener: socket.socket) -> AsyncGenerator[None, None]:
@@ -86,8 +80,7 @@ class HttpServer:
                 connection.abort()
         with anyio.move_on_after(self.settings.drain_s):
             await self._until_gone()
-        for scope in list(self._app.inflight):
-            scope.cancel()
+        self.app.end_requests()
         with anyio.move_on_after(FAREWELL_S):
             await self._until_gone()
         for connection in list(self._connections):
@@ -112,7 +105,9 @@ class HttpServer:
 
     async def _serve(self, connection: "_Connection") -> None:
         try:
-            await connection.run()
+            # One for all requests of the connection: Quart makes one for each where there is none.
+            async with self.app.app_context():
+                await connection.run()
         except Exception as error:  # one connection's trouble is not the others'
             _log.error("fault", exc_info=error)
         finally:
@@ -153,11 +148,13 @@ class _Connection:
         self._server = server
         self._reader = reader
         self._writer = writer
+        writer.transport.set_write_buffer_limits(WRITE_BUFFER_BYTES)
         self._protocol: Http1 | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._awaits_first_byte = False
         self._closing = False
-        self._handling = anyio.CancelScope()
+        self._handler: asyncio.Task[Any] | None = None
+        self._is_stopped = False
 
     @property
     def is_idle(self) -> bool:
@@ -169,19 +166,19 @@ class _Connection:
 
     def abort(self) -> None:
         self._writer.transport.abort()
-        self._handling.cancel()
+        self._stop_handling()
 
     async def run(self) -> None:
         peer, local = (self._writer.get_extra_info(name) for name in ("peername", "sockname"))
         loop = asyncio.get_running_loop()
         try:
-            async with TaskGroup(loop) as tasks:
+            async with Exchanges(loop) as exchanges:
                 self._protocol = Http1(
                     self._server.config,
                     self._server.context,
                     self._server.settings.headers_max,
                     self._server.app,
-                    tasks,
+                    exchanges,
                     ConnectionState({}),
                     False,
                     peer[:2] if peer else None,
@@ -204,18 +201,39 @@ class _Connection:
                     continue
                 if self._awaits_first_byte:
                     self._wait_for_request(self._server.settings.header_timeout_s)
-                # Hypercorn waits here without end when what it answered is not taken, or what it was sent not read.
-                with anyio.CancelScope() as self._handling:
-                    await protocol.handle(RawData(data))
+                await self._handle(protocol, data)
         with anyio.move_on_after(LINGER_S):
             await protocol.handle(Closed())
+
+    async def _handle(self, protocol: Http1, data: bytes) -> None:
+        # Hypercorn waits here without end when what it answered is not taken, or what it was sent not read. Not a
+        # scope of anyio's: this is in the way of every request.
+        self._handler = asyncio.current_task()
+        try:
+            await protocol.handle(RawData(data))
+        except asyncio.CancelledError:
+            if not self._is_stopped or (self._handler is not None and self._handler.uncancel()):
+                raise
+        finally:
+            self._handler = None
+
+    def _stop_handling(self) -> None:
+        # Soon and not now: it may be the handler itself that asks, and then it mostly ends of its own accord.
+        asyncio.get_running_loop().call_soon(self._interrupt)
+
+    def _interrupt(self) -> None:
+        if self._handler is not None and not self._is_stopped:
+            self._is_stopped = True
+            self._handler.cancel()
 
     async def _send(self, event: Event) -> None:
         if isinstance(event, RawData):
             try:
                 self._writer.write(event.data)
-                await self._writer.drain()
-            except (OSError, RuntimeError):  # the client has gone: reading says so too
+                if self._writer.transport.get_write_buffer_size() > WRITE_BUFFER_BYTES:
+                    async with asyncio.timeout(self._server.settings.request_timeout_s):
+                        await self._writer.drain()
+            except (OSError, RuntimeError):  # the client takes nothing, or has gone: reading says so too
                 self.abort()
         elif isinstance(event, Closed):
             self._close()
@@ -236,7 +254,7 @@ class _Connection:
             with suppress(OSError, RuntimeError):
                 self._writer.write_eof()
             self._set_timer(LINGER_S)
-            self._handling.cancel()
+            self._stop_handling()
             self._server.wait_for_client(self)
 
     def _set_timer(self, seconds: float | None) -> None:

@@ -59,7 +59,7 @@ async def read_json(request: Request, kind: type[Body]) -> Body:
     # Old clients may name no type at all.
     if request.mimetype and request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
         raise UnsupportedMediaType("application/json")
-    body = bytes(await request.get_data(cache=False, as_text=False))  # type: ignore[arg-type]
+    body = await request.body
     try:
         return msgspec.json.decode(body, type=kind)
     except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
@@ -73,7 +73,7 @@ async def read_form(request: Request, *required: str) -> dict[str, str]:
     """
     if request.mimetype != "application/x-www-form-urlencoded":
         raise UnsupportedMediaType("application/x-www-form-urlencoded")
-    body = bytes(await request.get_data(as_text=False))  # type: ignore[arg-type]
+    body = await request.body
     try:
         pairs = parse_qsl(body.decode(), errors="strict", max_num_fields=FORM_FIELDS_MAX)
     except ValueError:
@@ -95,7 +95,7 @@ async def read_logout_scope(request: Request) -> LogoutScope:
     scope = request.args.get("scope")
     if scope is None and request.mimetype == "application/x-www-form-urlencoded":
         scope = (await read_form(request)).get("scope")
-    elif scope is None and request.mimetype == "application/json" and await request.get_data(as_text=False):
+    elif scope is None and request.mimetype == "application/json" and await request.body:
         # Not by its length, which a chunked body does not tell: to overlook `current` there would end all.
         return (await read_json(request, LogoutRequest)).scope
     try:

@@ -44,7 +44,11 @@ class LiveSession(msgspec.Struct, frozen=True, kw_only=True):
     created_ms: int
     issued_ms: int
     expires_ms: int
-    client: Client
+    packed_client: bytes
+
+    @property
+    def client(self) -> Client:
+        return unpack_client(self.packed_client)
 
 
 class Opened(msgspec.Struct, frozen=True):
@@ -333,5 +337,5 @@ def _unpack(session_id: bytes, value: bytes) -> LiveSession:
         created_ms=number(15, 21),
         issued_ms=number(21, 27),
         expires_ms=number(27, 33),
-        client=unpack_client(value[_HEADER_BYTES:]),
+        packed_client=value[_HEADER_BYTES:],
     )

@@ -23,7 +23,14 @@ from authd.http.problems import PROBLEMS, deadline_response, refusal_response
 
 PARTS = ("user_store", "session_store", "hashing", "deadline")
 #: What the edge says itself, without a refusal of the domain.
-OF_THE_EDGE = {"internal_error", "malformed_request", "connections_full", *app._HTTP_CODES.values(), *protocol._DETAILS}
+OF_THE_EDGE = {
+    "internal_error",
+    "malformed_request",
+    "connections_full",
+    "body_timeout",
+    *app._HTTP_CODES.values(),
+    *protocol._DETAILS,
+}
 WITH_ARGUMENTS = {
     MalformedRequest,
     InvalidRequest,
