@@ -1,6 +1,5 @@
 """The Quart application: one deadline, one log line and one form of error for every request."""
 
-import asyncio
 import re
 import secrets
 import time
@@ -15,6 +14,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from authd.config import Settings
 from authd.errors import Refusal, Unavailable
 from authd.http.cors import Cors
+from authd.http.deadline import Deadline
 from authd.http.problems import (
     SECURITY_HEADERS,
     ProblemResponse,
@@ -48,7 +48,7 @@ class App(Quart):
 
     def __init__(self, settings: Settings, blueprints: Sequence[Blueprint]) -> None:
         super().__init__("authd", static_folder=None, template_folder=None)
-        self.inflight: set[asyncio.Timeout] = set()
+        self.inflight: set[Deadline] = set()
         self.is_draining = False
         self._timeout_s = settings.request_timeout_s
         self.config["MAX_CONTENT_LENGTH"] = settings.body_max_bytes
@@ -65,8 +65,7 @@ class App(Quart):
     def end_requests(self) -> None:
         """Every request's deadline is now: what the drain ends with."""
         for deadline in self.inflight:
-            if not deadline.expired():
-                deadline.reschedule(asyncio.get_running_loop().time())
+            deadline.end()
 
     async def handle_request(self, request: Request) -> ResponseTypes:
         # Runs in the handler's own task, outside every hook. A deadline in a hook or around the ASGI call would answer
@@ -92,18 +91,16 @@ class App(Quart):
             _record(request, response, time.perf_counter() - started)
 
     async def _answer(self, request: Request) -> ResponseTypes:
-        deadline = asyncio.timeout(self._timeout_s)  # anyio's scope costs several times as much
-        try:
-            async with deadline:
-                self.inflight.add(deadline)
+        with Deadline(self._timeout_s) as deadline:
+            self.inflight.add(deadline)
+            try:
                 return self._cors.preflight(request) or await super().handle_request(request)
-        except TimeoutError:
-            if not _has_read_body(request):
-                return problem_response("body_timeout", "The body did not come within the time of a request.")
-            metrics.unavailable.labels("deadline").inc()
-            return deadline_response()
-        finally:
-            self.inflight.discard(deadline)
+            finally:
+                self.inflight.discard(deadline)
+        if not _has_read_body(request):
+            return problem_response("body_timeout", "The body did not come within the time of a request.")
+        metrics.unavailable.labels("deadline").inc()
+        return deadline_response()
 
 
 async def _has_whole_body(request: Request) -> bool:

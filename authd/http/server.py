@@ -37,6 +37,8 @@ LINGER_S = 1.0
 REFUSALS_MAX = 256
 #: A connection is not closed for another's sake before this: its request may be here and only not read yet.
 EVICT_AFTER_S = 0.2
+#: Time to read what had arrived when the drain began: a connection whose request is not read yet looks idle.
+ARRIVED_S = 0.1
 #: After the drain: time for the answers that say so.
 FAREWELL_S = 2.0
 #: File descriptors for all that is no connection of a client.
@@ -75,6 +77,7 @@ class HttpServer:
 
     async def _drain(self) -> None:
         await self.context.terminated.set()
+        await anyio.sleep(ARRIVED_S)
         for connection in list(self._connections):
             if connection.is_idle:
                 connection.abort()

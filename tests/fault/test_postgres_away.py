@@ -109,8 +109,10 @@ async def test_a_hundred_requests_at_once_wait_for_a_frozen_postgres_once(
             async with anyio.create_task_group() as group:
                 for number in range(100):
                     group.start_soon(register, number)
-        for answer in answers:
-            assert_problem(answer, *USER_STORE)
+        codes = {assert_problem(answer, 503)["code"] for answer in answers}
+        # On a busy machine the last of the hundred are told before they are hashed.
+        assert USER_STORE[1] in codes
+        assert codes <= {USER_STORE[1], "login_busy"}
     await until_ready(service)
     login = await retried(lambda: api.login(account.username, account.password))
     assert login.status_code == 200
@@ -128,7 +130,8 @@ async def test_a_postgres_that_only_reads_lets_users_in_and_out_of_nothing(
         for _ in range(10):
             assert_problem(await first.requests["register"](), *USER_STORE)
         assert (await first.requests["login"]()).status_code == 200
-        assert (await api.get("/readyz")).status_code == 200
+        ready = await api.get("/readyz")
+        assert ready.status_code == 200, ready.text
     assert await users_of(service) == before
     for pair in first.ended.values():
         await assert_alive(api, pair)
