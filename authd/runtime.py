@@ -48,8 +48,9 @@ from authd.tokens import TokenMint
 #: Time after all deadlines of a shutdown at which the process ends without ceremony.
 LAST_RESORT_S = 10.0
 START_RETRY_MAX_S = 2.0
-#: New objects between two collections; Python's 700 are those of a request or two.
-GC_OBJECTS = 20_000
+#: New objects between two collections: Python's 700 are those of a request or two, and more than this take long enough
+#: to be seen by who waits meanwhile.
+GC_OBJECTS = 5_000
 
 #: What ends a start with a sentence and not with a traceback.
 START_ERRORS = (*MIGRATION_ERRORS, SealedByAnotherSecret)

@@ -34,6 +34,7 @@ SESSION_ID_BYTES = 16
 ACCESS_TOKEN_CHARS_MAX = 4096
 
 _REFRESH_PREFIX = "v1."
+_REFRESH_PREFIX_BYTES = _REFRESH_PREFIX.encode()
 _REFRESH_FIELDS = struct.Struct(">IQ16sIQQQQ")
 _MAC_BYTES = hashlib.sha256().digest_size
 _REFRESH_CHARS = len(_REFRESH_PREFIX) + (_REFRESH_FIELDS.size + _MAC_BYTES) // 3 * 4  # a multiple of 3: no padding
@@ -312,7 +313,7 @@ def _is_time(value: object) -> TypeGuard[int | float]:
 
 
 def _mac(key: MacKey, fields: bytes) -> bytes:
-    return hmac.digest(key.secret, _REFRESH_PREFIX.encode() + fields, "sha256")
+    return hmac.digest(key.secret, _REFRESH_PREFIX_BYTES + fields, hashlib.sha256)
 
 
 def _sealing_key(secret: Secret) -> OctKey:

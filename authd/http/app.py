@@ -1,20 +1,25 @@
 """The Quart application: one deadline, one log line and one form of error for every request."""
 
+import logging
+import random
 import re
-import secrets
 import time
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import anyio
 import structlog
+from prometheus_client import Counter, Histogram
 from quart import Blueprint, Quart, Request, Response
+from quart.ctx import RequestContext
 from quart.typing import ResponseTypes
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from authd.config import Settings
+from authd.deadline import Deadline
 from authd.errors import Refusal, Unavailable
 from authd.http.cors import Cors
-from authd.http.deadline import Deadline
 from authd.http.problems import (
     SECURITY_HEADERS,
     ProblemResponse,
@@ -23,9 +28,12 @@ from authd.http.problems import (
     refusal_response,
 )
 from authd.observe import metrics
+from authd.observe.logs import RequestLine, log_request
 
 #: How long the answer to a request whose body nobody read waits for the rest of it.
 BODY_REST_S = 0.5
+#: Routes, methods and statuses are few: none of the three is what the client wrote.
+METERS_MAX = 4096
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 #: Asked every few seconds by machines: a line for each would bury the rest.
 _PROBES = {"/livez", "/readyz", "/metrics"}
@@ -39,6 +47,12 @@ class _Request(Request):
     def blueprints(self) -> list[str]:
         """None: Quart would look for hooks of theirs, several times a request, and there are none."""
         return []
+
+
+class _Context(RequestContext):
+    async def _push(self) -> None:
+        """Without the session that Quart would open, for there are no cookies here."""
+        self.match_request()
 
 
 class App(Quart):
@@ -67,6 +81,17 @@ class App(Quart):
         for deadline in self.inflight:
             deadline.end()
 
+    def request_context(self, request: Request) -> RequestContext:
+        return _Context(self, request)
+
+    async def full_dispatch_request(self, request_context: RequestContext | None = None) -> ResponseTypes:
+        """Quart's own without its hooks, signals and sessions, of which we have none."""
+        try:
+            result: Any = await self.dispatch_request(request_context)
+        except Exception as error:
+            result = await self.handle_user_exception(error)
+        return await self.make_response(result)
+
     async def handle_request(self, request: Request) -> ResponseTypes:
         # Runs in the handler's own task, outside every hook. A deadline in a hook or around the ASGI call would answer
         # while the view ran on.
@@ -74,7 +99,7 @@ class App(Quart):
         # Not from `headers`, whose look for what is not there costs more than all of these lines.
         request_id = dict(request.scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         if not _REQUEST_ID.fullmatch(request_id):
-            request_id = secrets.token_hex(8)
+            request_id = f"{random.getrandbits(64):016x}"
         structlog.contextvars.bind_contextvars(request_id=request_id)
         response: ResponseTypes | None = None
         try:
@@ -88,7 +113,7 @@ class App(Quart):
             self._cors.permit(request, response)
             return response
         finally:
-            _record(request, response, time.perf_counter() - started)
+            _record(request, request_id, response, time.perf_counter() - started)
 
     async def _answer(self, request: Request) -> ResponseTypes:
         with Deadline(self._timeout_s) as deadline:
@@ -121,27 +146,31 @@ def _has_read_body(request: Request) -> bool:
     return request.body._complete.is_set() or not is_expected
 
 
-def _record(request: Request, response: ResponseTypes | None, seconds: float) -> None:
+def _record(request: Request, request_id: str, response: ResponseTypes | None, seconds: float) -> None:
     # No response: the client hung up (nginx's 499).
     status = response.status_code if response is not None else 499
-    code = response.code if isinstance(response, ProblemResponse) else None
-    route = request.url_rule.rule if request.url_rule is not None else "unmatched"
-    metrics.requests.labels(route, request.method if request.url_rule else "-", status).inc()
-    metrics.request_seconds.labels(route).observe(seconds)
-    if code is not None:
-        metrics.refusals.labels(code).inc()
-    peer = (request.scope.get("client") or ("",))[0]
-    fields = {"code": code} if code is not None else {}
-    log = _log.debug if route in _PROBES and status < 400 else _log.info
-    log(
-        "request",
+    route, method = (request.url_rule.rule, request.method) if request.url_rule is not None else ("unmatched", "-")
+    answers, durations = _meters(route, method, status)
+    answers.inc()
+    durations.observe(seconds)
+    line = RequestLine(
+        request_id=request_id,
         method=request.method,
         route=route,
         status=status,
         ms=round(seconds * 1000, 1),
-        peer=peer,
-        **fields,
+        peer=(request.scope.get("client") or ("",))[0],
     )
+    if isinstance(response, ProblemResponse):
+        line.code = response.code
+        metrics.refusals.labels(response.code).inc()
+    log_request(line, logging.DEBUG if route in _PROBES and status < 400 else logging.INFO)
+
+
+@lru_cache(METERS_MAX)
+def _meters(route: str, method: str, status: int) -> tuple[Counter, Histogram]:
+    """To find them by their labels each time costs more than to count."""
+    return metrics.requests.labels(route, method, status), metrics.request_seconds.labels(route)
 
 
 async def _on_refusal(refusal: Refusal) -> Response:

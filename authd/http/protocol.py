@@ -3,15 +3,21 @@
 Neither HTTP/2 nor WebSocket is spoken here: an upgrade is ignored (RFC 9110, 7.8), a cleartext HTTP/2 preface refused.
 """
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from itertools import chain
-from typing import Any
+from typing import Any, cast
+from urllib.parse import unquote
 
 import h11
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
-from hypercorn.events import Closed, RawData
+from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.typing import ConnectionState, HTTPScope
 
+from authd.http.app import App
+from authd.http.exchange import Exchange, Headers
 from authd.http.problems import MEDIA_TYPE, PROBLEMS, SECURITY_HEADERS, problem_body
 from authd.observe import metrics
 
@@ -32,11 +38,25 @@ _DETAILS = {
 
 
 class Http1(H11Protocol):
-    def __init__(self, config: Config, context: WorkerContext, headers_max: int, *rest: Any) -> None:
-        """`headers_max`: header fields of a request. `rest`: see `H11Protocol`."""
-        app, *others = rest
-        super().__init__(app, config, context, *others)
+    def __init__(
+        self,
+        app: App,
+        config: Config,
+        context: WorkerContext,
+        tasks: asyncio.TaskGroup,
+        headers_max: int,
+        client: tuple[str, int] | None,
+        server: tuple[str, int] | None,
+        send: Callable[[Event], Awaitable[None]],
+    ) -> None:
+        """`headers_max`: header fields of a request. Its handlers run in `tasks`; `send` writes to the connection."""
+        super().__init__(
+            cast(Any, app), config, context, cast(Any, tasks), ConnectionState({}), False, client, server, send
+        )
+        self._app = app
+        self._tasks = tasks
         self._headers_max = headers_max
+        self._sends_body = True
         self._head = b""
 
     @property
@@ -58,18 +78,49 @@ class Http1(H11Protocol):
             await self._refuse(code, has_body=request.method != b"HEAD")
             await self.send(Closed())
             return
-        await super()._create_stream(_plain(request))
+        headers, target = _plain(request)
+        path, _, query = target.partition(b"?")
+        self._sends_body = request.method != b"HEAD"
+        scope: HTTPScope = {
+            "type": "http",
+            "http_version": request.http_version.decode(),
+            "asgi": {"spec_version": "2.1", "version": "3.0"},
+            "method": request.method.decode().upper(),
+            "scheme": "http",
+            "path": unquote(path.decode()),
+            "raw_path": path,
+            "query_string": query,
+            "root_path": "",
+            "headers": headers,
+            "client": self.client,
+            "server": self.server,
+            "state": ConnectionState({}),
+            "extensions": {},
+        }
+        self.stream = cast(Any, Exchange(self._app, scope, self._answer, self._tasks))
+        self.keep_alive_requests += 1
+
+    async def _answer(self, status: int, headers: Headers, body: bytes) -> None:
+        headers += self.config.response_headers("h11")
+        if self.keep_alive_requests >= self.config.keep_alive_max_requests:
+            headers.append((b"connection", b"close"))
+        await self._send_h11_event(h11.Response(headers=headers, status_code=status))
+        if body and self._sends_body:
+            await self._send_h11_event(h11.Data(data=body))
+        await self._send_h11_event(h11.EndOfMessage())
+        await self._maybe_recycle()
 
     def _complaint(self, request: h11.Request) -> str | None:
         if request.http_version not in (b"1.0", b"1.1"):
             return "http_version_unknown"
         # The parser's own limit is for heads that are not complete yet: one that comes in a single read may be larger.
-        size = sum(len(name) + len(value) + _LINE_EXTRA_BYTES for name, value in request.headers)
-        if len(request.headers) > self._headers_max or size > self.config.h11_max_incomplete_size:
+        headers = request.headers.raw_items()  # a list, which h11's own headers are not: they cost more to walk
+        size = sum([len(name) + len(value) + _LINE_EXTRA_BYTES for name, value in headers])
+        if len(headers) > self._headers_max or size > self.config.h11_max_incomplete_size:
             return "headers_too_large"
         if len(request.target) > TARGET_BYTES_MAX:
             return "target_too_long"
-        names = {name for name, _ in request.headers}
+        names = {name.lower() for name, _ in headers}
         # Two ideas of where the body ends are how a second request is smuggled past a proxy (RFC 9112, 6.1).
         if b"transfer-encoding" in names and (b"content-length" in names or request.http_version == b"1.0"):
             return "bad_http"
@@ -121,19 +172,13 @@ def problem_headers(length: int) -> list[tuple[bytes, bytes]]:
     return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
-def _plain(request: h11.Request) -> h11.Request:
-    """The request in origin form (RFC 9112, 3.2.2) and without an upgrade."""
-    if request.target.startswith(b"/") and all(name != b"upgrade" for name, _ in request.headers):
-        return request
+def _plain(request: h11.Request) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """The request's headers without an upgrade, and its target in origin form (RFC 9112, 3.2.2)."""
+    headers = [(name.lower(), value) for name, value in request.headers.raw_items() if name.lower() != b"upgrade"]
     target = bytes(request.target)
     if not target.startswith(b"/"):
         rest = target.partition(b"://")[2]
         authority_ends = min((index for index in map(rest.find, (b"/", b"?")) if index >= 0), default=len(rest))
         target = rest[authority_ends:]
         target = target if target.startswith(b"/") else b"/" + target
-    return h11.Request(
-        method=request.method,
-        target=target,
-        headers=[(name, value) for name, value in request.headers if name != b"upgrade"],
-        http_version=request.http_version,
-    )
+    return headers, target

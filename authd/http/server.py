@@ -6,10 +6,14 @@ to a new one when all places are taken, so that a thousand half-open ones keep n
 """
 
 import asyncio
+import math
 import resource
 import socket
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
+from email.utils import formatdate
+from functools import lru_cache
 from typing import Any, cast
 
 import anyio
@@ -17,11 +21,9 @@ import structlog
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
-from hypercorn.typing import ConnectionState
 
 from authd.config import Settings
 from authd.http.app import App
-from authd.http.exchange import Exchanges
 from authd.http.problems import PROBLEMS, problem_body
 from authd.http.protocol import Http1, problem_headers
 from authd.observe import metrics
@@ -67,6 +69,7 @@ class HttpServer:
         """
         _raise_descriptor_limit(self.settings.connections_per_worker)
         loop = asyncio.get_running_loop()
+        self._now = loop.time
         async with anyio.create_task_group() as self._group:
             server = await loop.create_server(self._make_protocol, sock=listener, backlog=LISTEN_BACKLOG)
             try:
@@ -119,13 +122,13 @@ class HttpServer:
     def wait_for_client(self, connection: "_Connection") -> None:
         """The connection is the newest of those that wait for their client."""
         self._waiting.pop(connection, None)
-        self._waiting[connection] = anyio.current_time()
+        self._waiting[connection] = self._now()
 
     def _evict(self) -> bool:
         """Make room by closing the connection that has waited longest for its client."""
         while self._waiting:
             connection, since = next(iter(self._waiting.items()))
-            if anyio.current_time() - since < EVICT_AFTER_S:
+            if self._now() - since < EVICT_AFTER_S:
                 return False
             del self._waiting[connection]
             if connection.is_owed:
@@ -154,6 +157,7 @@ class _Connection:
         writer.transport.set_write_buffer_limits(WRITE_BUFFER_BYTES)
         self._protocol: Http1 | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._ends_at = math.inf
         self._awaits_first_byte = False
         self._closing = False
         self._handler: asyncio.Task[Any] | None = None
@@ -173,17 +177,14 @@ class _Connection:
 
     async def run(self) -> None:
         peer, local = (self._writer.get_extra_info(name) for name in ("peername", "sockname"))
-        loop = asyncio.get_running_loop()
         try:
-            async with Exchanges(loop) as exchanges:
+            async with asyncio.TaskGroup() as tasks:
                 self._protocol = Http1(
+                    self._server.app,
                     self._server.config,
                     self._server.context,
+                    tasks,
                     self._server.settings.headers_max,
-                    self._server.app,
-                    exchanges,
-                    ConnectionState({}),
-                    False,
                     peer[:2] if peer else None,
                     local[:2] if local else None,
                     self._send,
@@ -191,7 +192,7 @@ class _Connection:
                 self._wait_for_request(self._server.settings.header_timeout_s)
                 await self._read(self._protocol)
         finally:
-            self._set_timer(None)
+            self._stop_timer()
             self._writer.close()
             with anyio.move_on_after(LINGER_S), suppress(OSError, RuntimeError):
                 await self._writer.wait_closed()
@@ -262,9 +263,24 @@ class _Connection:
 
     def _set_timer(self, seconds: float | None) -> None:
         """Abort the connection after these seconds, and not at any time set before."""
+        loop = asyncio.get_running_loop()
+        self._ends_at = math.inf if seconds is None else loop.time() + seconds
+        # The timer that runs looks again when it is due: to set one anew for each request costs more.
+        if self._timer is None or self._ends_at < self._timer.when():
+            self._stop_timer()
+            self._timer = loop.call_at(self._ends_at, self._on_timer) if seconds is not None else None
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if asyncio.get_running_loop().time() >= self._ends_at:
+            self.abort()
+        elif self._ends_at < math.inf:
+            self._timer = asyncio.get_running_loop().call_at(self._ends_at, self._on_timer)
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, self.abort)
+        self._timer = None
 
 
 class _Refusal(asyncio.Protocol):
@@ -288,10 +304,20 @@ class _Refusal(asyncio.Protocol):
         self._others.discard(self)
 
 
+class _Config(Config):
+    def response_headers(self, protocol: str) -> list[tuple[bytes, bytes]]:
+        """What stands in every answer besides the application's: the date, made once a second."""
+        return _date_header(int(time.time()))
+
+
+@lru_cache(1)
+def _date_header(second: int) -> list[tuple[bytes, bytes]]:
+    return [(b"date", formatdate(second, usegmt=True).encode())]
+
+
 def _hypercorn_config(settings: Settings) -> Config:
-    config = Config()
+    config = _Config()
     config.errorlog = None
-    config.include_server_header = False
     config.keep_alive_max_requests = REQUESTS_PER_CONNECTION_MAX
     config.h11_max_incomplete_size = settings.header_max_bytes
     return config

@@ -27,6 +27,7 @@ from redis.exceptions import ResponseError
 
 from authd.breaker import Breaker
 from authd.config import BUCKETS, ConfigError, Settings
+from authd.deadline import Deadline
 from authd.errors import Unavailable
 
 CLOSE_TIMEOUT_S = 2.0
@@ -88,7 +89,7 @@ class RedisClient:
         self._servers = servers
         self._timeout_s = settings.redis_timeout_s
         # The pools of a cluster and of Sentinel do not wait for a free connection, they raise.
-        self._turns = anyio.Semaphore(settings.redis_pool_per_worker, fast_acquire=True)
+        self._turns = asyncio.Semaphore(settings.redis_pool_per_worker)
         self._breakers: dict[str, Breaker] = {}
         self._prefix = f"authd:{settings.deployment}:"
         # What Redis's clock reads at monotonic zero, in ms, as last heard from each bucket's node. The reply has
@@ -152,11 +153,12 @@ class RedisClient:
         breaker = self._breaker(key)
         try:
             breaker.enter()
-            # asyncio's own: anyio's scope costs several times as much, and nothing is started inside.
-            async with asyncio.timeout(self._timeout_s), self._turns:
-                result = await call
-            breaker.succeeded()
-            return result
+            with Deadline(self._timeout_s):
+                async with self._turns:
+                    result = await call
+                breaker.succeeded()
+                return result
+            raise TimeoutError
         except _AWAY as error:
             breaker.failed()
             raise Unavailable("session_store") from error

@@ -1,4 +1,4 @@
-"""The deadline of one request.
+"""The deadline of what is done for every request.
 
 Not anyio's scope, which costs several times as much, and not asyncio's `timeout`, which cancels once: asyncpg, told so
 while Postgres is frozen, would wait for it again to give the connection back.
