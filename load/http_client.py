@@ -7,13 +7,22 @@ from urllib.parse import urlencode
 
 
 class Connection:
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+    """Opened anew when the server says that it closes it, as it does after a thousand requests."""
+
+    _reader: asyncio.StreamReader
+    _writer: asyncio.StreamWriter
+
+    def __init__(self, port: int) -> None:
+        self._port = port
 
     @classmethod
     async def open(cls, port: int) -> Self:
-        return cls(*await asyncio.open_connection("127.0.0.1", port))
+        connection = cls(port)
+        await connection._connect()
+        return connection
+
+    async def _connect(self) -> None:
+        self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
 
     def close(self) -> None:
         self._writer.close()
@@ -26,7 +35,11 @@ class Connection:
         self._writer.write(head.encode() + body)
         answer = (await self._reader.readuntil(b"\r\n\r\n")).lower()
         length = int(answer.partition(b"content-length:")[2].split(b"\r\n", 1)[0])
-        return int(answer.split(b" ", 2)[1]), await self._reader.readexactly(length)
+        content = await self._reader.readexactly(length)
+        if b"\r\nconnection: close\r\n" in answer:
+            self.close()
+            await self._connect()
+        return int(answer.split(b" ", 2)[1]), content
 
     async def register(self, username: str, password: str) -> None:
         body = json.dumps({"username": username, "password": password}).encode()
