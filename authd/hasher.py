@@ -1,12 +1,13 @@
 """Hashes passwords on a bounded number of threads, and decides what may wait for one.
 
-The owner of each thread is a task of the tree, never a request: a client that hangs up stops no hash that runs.
+The owner of each job is a task of the tree, never a request: a client that hangs up stops no hash that runs.
 """
 
 import math
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import anyio
 import structlog
-from anyio import CancelScope, CapacityLimiter, Event, to_thread
+from anyio import CancelScope, CapacityLimiter, Event, Semaphore, to_thread
 from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint
 
@@ -27,6 +28,8 @@ from authd.passwords import Effort, effort_to_hash, effort_to_verify, hash_passw
 ADMISSION_PAUSE_S = 0.05
 #: One account may hold one part in so many of a queue, so that its flood leaves room for the others.
 ACCOUNT_SHARE = 4
+#: For each thread a task that hashes, and another that settles meanwhile what was hashed before.
+OWNERS_PER_THREAD = 2
 #: Known devices are served so often for each time that others are, while both wait.
 KNOWN_TURNS = 3
 #: What the newest measurement weighs in a moving average.
@@ -102,6 +105,7 @@ class Hasher:
         self._threads = settings.hash_threads_per_worker
         self._deadline_s = settings.hash_deadline_s
         self._limiter = CapacityLimiter(self._threads)
+        self._free_threads = Semaphore(self._threads)
         self._queues = _Queues(settings.hash_queue_max)
         self._times = _Times()
         self._in_hand: set[_Entry] = set()
@@ -115,8 +119,8 @@ class Hasher:
         self._is_open = True
         try:
             async with anyio.create_task_group() as owners:
-                for _ in range(self._threads):
-                    owners.start_soon(self._own_thread)
+                for _ in range(OWNERS_PER_THREAD * self._threads):
+                    owners.start_soon(self._own_jobs)
                 task_status.started()
         finally:
             self._is_open = False
@@ -169,14 +173,16 @@ class Hasher:
         self._arrival = Event()
         return entry
 
-    async def _own_thread(self) -> None:
+    async def _own_jobs(self) -> None:
         while True:
-            entry = await self._next()
-            self._in_hand.add(entry)
-            # Shielded: what was begun is finished and settled, at shutdown too.
-            with CancelScope(shield=True):
-                await self._serve(entry)
-            self._in_hand.discard(entry)
+            async with AsyncExitStack() as thread:
+                await thread.enter_async_context(self._free_threads)
+                entry = await self._next()
+                self._in_hand.add(entry)
+                # Shielded: what was begun is finished and settled, at shutdown too.
+                with CancelScope(shield=True):
+                    await self._serve(entry, thread)
+                self._in_hand.discard(entry)
 
     async def _next(self) -> _Entry:
         while True:
@@ -187,19 +193,19 @@ class Hasher:
             with CancelScope(deadline=self._queues.paused_until):
                 await self._arrival.wait()
 
-    async def _serve(self, entry: _Entry) -> None:
+    async def _serve(self, entry: _Entry, thread: AsyncExitStack) -> None:
         try:
             admission = await entry.job.admit()
         except Exception as error:
             _count_refusal("not_admitted", entry.job)
             return self._answer(entry, error=error)
         if admission is Admission.HASH:
-            return await self._hash_and_settle(entry)
+            return await self._hash_and_settle(entry, thread)
         if not entry.asker_left:
             self._queues.of(entry.job).pause(entry, anyio.current_time() + ADMISSION_PAUSE_S)
         return None
 
-    async def _hash_and_settle(self, entry: _Entry) -> None:
+    async def _hash_and_settle(self, entry: _Entry, thread: AsyncExitStack) -> None:
         value: Any = None
         result: Any = None
         error: Exception | None = None
@@ -215,6 +221,7 @@ class Hasher:
                 metrics.hash_seconds.observe(seconds)
             except Exception as broken:
                 error = broken
+        await thread.aclose()  # the next job need not wait until this one is settled
         try:
             result = await entry.job.settle(value)
         except Exception as unsettled:
