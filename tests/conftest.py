@@ -29,6 +29,12 @@ ONCE = (
 INTERNET = {socket.AF_INET, socket.AF_INET6}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(TESTS / "fault"):
+            item.add_marker("proof")
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> tuple[str, dict[str, bool]]:
     return "asyncio", {"use_uvloop": True}

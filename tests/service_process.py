@@ -26,11 +26,10 @@ import asyncpg
 import httpx
 import psutil
 import pytest
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from redis.asyncio import Redis
 
 from authd.config import parse_settings, read_values
-from authd.embedded import KafkaBroker, PostgresServer, RedisServer
+from authd.embedded import PostgresServer, RedisServer
 from authd.embedded.processes import free_port, guarded
 from authd.postgres.migrate import migrate
 
@@ -415,21 +414,6 @@ async def service(services: Services) -> AsyncIterator[ServiceProcess]:
 async def api(service: ServiceProcess) -> AsyncIterator[Api]:
     async with service.api() as client:
         yield client
-
-
-async def read_topic(broker: KafkaBroker, topic: str) -> list[ConsumerRecord]:
-    """All that the topic holds now."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=broker.bootstrap_servers, auto_offset_reset="earliest")
-    partition = TopicPartition(topic, 0)
-    records: list[ConsumerRecord] = []
-    with anyio.fail_after(ARRIVE_S):
-        async with consumer:
-            consumer.assign([partition])
-            end = (await consumer.end_offsets([partition]))[partition]
-            while await consumer.position(partition) < end:
-                for batch in (await consumer.getmany(partition, timeout_ms=500)).values():
-                    records += batch
-    return records
 
 
 async def until_published(process: ServiceProcess) -> None:

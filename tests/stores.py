@@ -9,9 +9,13 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import anyio
 import pytest
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
 from authd.embedded import KafkaBroker, PostgresServer, RedisCluster, RedisServer, fetch_libs, find_java_and_maven
+
+READ_S = 60.0
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +56,18 @@ def require_kafka() -> None:
         if os.environ.get("CI"):
             pytest.fail(sentence, pytrace=False)
         pytest.skip(sentence)
+
+
+async def read_topic(bootstrap_servers: str, topic: str) -> list[ConsumerRecord]:
+    """All that the topic, of one partition, holds now."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap_servers, auto_offset_reset="earliest")
+    partition = TopicPartition(topic, 0)
+    records: list[ConsumerRecord] = []
+    with anyio.fail_after(READ_S):
+        async with consumer:
+            consumer.assign([partition])
+            end = (await consumer.end_offsets([partition]))[partition]
+            while await consumer.position(partition) < end:
+                for batch in (await consumer.getmany(partition, timeout_ms=500)).values():
+                    records += batch
+    return records

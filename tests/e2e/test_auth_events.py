@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from aiokafka import ConsumerRecord
-from service_process import Account, Api, ServiceProcess, Services, eventually, read_topic, until_published
+from service_process import Account, Api, ServiceProcess, Services, eventually, until_published
+from stores import read_topic
 
 from authd.embedded import KafkaBroker
 
@@ -50,7 +51,9 @@ def first_deliveries(records: list[ConsumerRecord], user_id: int) -> list[tuple[
 
 
 async def told_of(process: ServiceProcess, broker: KafkaBroker, user_id: int) -> list[tuple[str, dict[str, Any]]]:
-    return first_deliveries(await read_topic(broker, process.settings["AUTHD_KAFKA_EVENTS_TOPIC"]), user_id)
+    return first_deliveries(
+        await read_topic(broker.bootstrap_servers, process.settings["AUTHD_KAFKA_EVENTS_TOPIC"]), user_id
+    )
 
 
 async def until_told(
@@ -163,13 +166,16 @@ async def test_an_offline_verifier_agrees_with_authd_about_every_token(
         await eventually(is_reused)
         await until_told(process, kafka_broker, other.user_id, 4)
         await until_told(process, kafka_broker, one.user_id, 8)
-        verifier = OfflineVerifier(await read_topic(kafka_broker, process.settings["AUTHD_KAFKA_REVOCATIONS_TOPIC"]))
+        verifier = OfflineVerifier(
+            await read_topic(kafka_broker.bootstrap_servers, process.settings["AUTHD_KAFKA_REVOCATIONS_TOPIC"])
+        )
         accepted = {name for name, pair in pairs.items() if verifier.accepts(pair)}
         assert accepted == {"after the logout", "a stranger's"}
         for name, pair in pairs.items():
             assert (await api.me(pair["access_token"])).status_code == (200 if name in accepted else 401), name
 
 
+@pytest.mark.proof
 async def test_a_kill_while_kafka_is_away_loses_no_event_of_either_birthplace(
     services: Services, kafka_broker: KafkaBroker
 ) -> None:

@@ -15,9 +15,9 @@ from service_process import (
     Services,
     assert_problem,
     eventually,
-    read_topic,
     until_published,
 )
+from stores import read_topic
 
 from authd.embedded import KafkaBroker
 
@@ -107,7 +107,7 @@ async def test_registrations_of_one_address_at_once_make_one_user_and_one_event(
     assert sorted(answer.status_code for answer in answers) == [201] + [409] * 7
     created = next(answer.json() for answer in answers if answer.status_code == 201)
     await until_published(service)
-    values = [json.loads(record.value) for record in await read_topic(kafka_broker, service.topic)]
+    values = [json.loads(record.value) for record in await read_topic(kafka_broker.bootstrap_servers, service.topic)]
     ids = {answer.json().get("user_id") for answer in answers if answer.status_code == 201}
     assert [value for value in values if value["user_id"] in ids] == [created]
     assert len([value for value in values if value["username"] in (first, second.strip())]) == 1

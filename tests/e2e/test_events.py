@@ -11,7 +11,8 @@ import anyio
 import httpx
 import pytest
 from aiokafka import ConsumerRecord
-from service_process import Api, ServiceProcess, Services, eventually, read_topic, until_published
+from service_process import Api, ServiceProcess, Services, eventually, until_published
+from stores import read_topic
 
 from authd.embedded import KafkaBroker
 
@@ -27,7 +28,11 @@ async def service(services: Services, kafka_broker: KafkaBroker) -> AsyncIterato
 
 
 async def records_of(broker: KafkaBroker, topic: str, user_id: int) -> list[ConsumerRecord]:
-    return [record for record in await read_topic(broker, topic) if json.loads(record.value)["user_id"] == user_id]
+    return [
+        record
+        for record in await read_topic(broker.bootstrap_servers, topic)
+        if json.loads(record.value)["user_id"] == user_id
+    ]
 
 
 def assert_one_event(records: list[ConsumerRecord], registered: dict[str, Any]) -> None:
@@ -83,7 +88,10 @@ async def test_a_refused_registration_leaves_no_event(
     assert (await api.register(account.username.upper(), PASSWORD)).status_code == 409
     assert (await api.register("refused@example.com", "short")).status_code == 422
     await until_published(service)
-    names = [json.loads(record.value)["username"] for record in await read_topic(kafka_broker, service.topic)]
+    names = [
+        json.loads(record.value)["username"]
+        for record in await read_topic(kafka_broker.bootstrap_servers, service.topic)
+    ]
     assert names.count(account.username) == 1
     assert not {account.username.upper(), "refused@example.com"} & set(names)
 
@@ -98,7 +106,7 @@ async def test_topic_and_key_are_settings(services: Services, kafka_broker: Kafk
     async with services.running(**settings) as process, process.api() as api:
         account = await api.new_account()
         await until_published(process)
-        [record] = await read_topic(kafka_broker, topic)
+        [record] = await read_topic(kafka_broker.bootstrap_servers, topic)
         assert record.key == b"somebody came"
         assert json.loads(record.value) == account.registered
 
@@ -175,7 +183,7 @@ async def test_a_kill_amid_registrations_loses_no_event_of_a_user_and_invents_no
         await process.start()
         await until_published(process)
         by_user: dict[int, list[ConsumerRecord]] = {}
-        for record in await read_topic(kafka_broker, process.topic):
+        for record in await read_topic(kafka_broker.bootstrap_servers, process.topic):
             by_user.setdefault(json.loads(record.value)["user_id"], []).append(record)
         users = {row["id"] for row in await process.query("SELECT id FROM users")}
         assert by_user.keys() == users >= {registered["user_id"] for registered in answered}
@@ -188,5 +196,5 @@ async def test_two_processes_send_each_event_once(services: Services, kafka_brok
         async with services.replica(one) as other, one.api() as first, other.api() as second:
             made = await asyncio.gather(*(api.new_account() for api in [first, second] * 20))
             await until_published(one)
-        records = await read_topic(kafka_broker, one.topic)
+        records = await read_topic(kafka_broker.bootstrap_servers, one.topic)
         assert sorted(json.loads(record.value)["user_id"] for record in records) == sorted(a.user_id for a in made)

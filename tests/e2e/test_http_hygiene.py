@@ -199,6 +199,7 @@ HALF_SENT = {
 }
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("sent", HALF_SENT.values(), ids=HALF_SENT)
 async def test_a_thousand_half_open_connections_keep_nobody_out(services: Services, sent: bytes) -> None:
     settings = {"AUTHD_CONNECTIONS_MAX": str(CONNECTIONS_MAX)}

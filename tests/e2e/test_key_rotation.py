@@ -131,6 +131,7 @@ async def test_keys_that_are_too_old_are_rotated_by_the_replicas_once(services: 
 # Under load
 
 
+@pytest.mark.proof
 async def test_nobody_notices_that_keys_change(service: ServiceProcess, second: ServiceProcess) -> None:
     tally = Tally()
     async with service.api() as api, second.api() as elsewhere:

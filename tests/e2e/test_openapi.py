@@ -101,6 +101,7 @@ async def run_in_thread(target: Target, session: requests.Session, *what: str | 
         await anyio.to_thread.run_sync(fuzz, target, session, *what, abandon_on_cancel=True)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
 async def test_no_answer_is_undocumented_to_whoever_comes(
     target: Target, session: requests.Session, route: Any
@@ -108,6 +109,7 @@ async def test_no_answer_is_undocumented_to_whoever_comes(
     await run_in_thread(target, session, route.method, route.path, None)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("route", SECURED, ids=lambda route: f"{route.method} {route.path}")
 async def test_no_answer_is_undocumented_to_whoever_may(target: Target, session: requests.Session, route: Any) -> None:
     await run_in_thread(target, session, route.method, route.path, route.security)

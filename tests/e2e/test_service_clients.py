@@ -291,6 +291,7 @@ async def test_revoking_what_is_no_token_is_no_error(api: Api, client: Credentia
 # When a store is away
 
 
+@pytest.mark.proof
 async def test_without_postgres_a_known_client_is_answered_and_a_new_one_is_not(
     service: ServiceProcess, api: Api, client: Credentials, pair: dict[str, Any], postgres_server: PostgresServer
 ) -> None:

@@ -11,7 +11,8 @@ from aiokafka import ConsumerRecord
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from anyio import to_thread
-from service_process import ServiceProcess, eventually, read_topic
+from service_process import ServiceProcess, eventually
+from stores import read_topic
 
 from authd.embedded import KafkaBroker
 
@@ -73,7 +74,7 @@ async def events_in(broker: KafkaBroker, topic: str) -> list[tuple[str, dict[str
     """The events of a topic at their first delivery, in order: type and value. A tombstone is an empty value."""
     seen: set[bytes] = set()
     first: list[ConsumerRecord] = []
-    for record in await read_topic(broker, topic):
+    for record in await read_topic(broker.bootstrap_servers, topic):
         event_id = dict(record.headers)["event_id"]
         if event_id not in seen:
             seen.add(event_id)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka import ConsumerRecord
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from blockbuster import BlockBuster
 
@@ -173,21 +173,6 @@ async def open_node(
                 await tree.start(node.relay.run)
             yield node
             tree.cancel_scope.cancel()
-
-
-async def read_topic(settings: Settings, topic: str) -> list[ConsumerRecord]:
-    """All that the topic, of one partition, holds now."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=settings.kafka_bootstrap_servers[0], auto_offset_reset="earliest")
-    partition = TopicPartition(topic, 0)
-    records: list[ConsumerRecord] = []
-    with anyio.fail_after(PATIENCE_S):
-        async with consumer:
-            consumer.assign([partition])
-            end = (await consumer.end_offsets([partition]))[partition]
-            while await consumer.position(partition) < end:
-                for batch in (await consumer.getmany(partition, timeout_ms=500)).values():
-                    records += batch
-    return records
 
 
 async def create_topics(settings: Settings, config: dict[str, str], *topics: str) -> None:

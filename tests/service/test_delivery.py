@@ -8,10 +8,10 @@ from typing import Any
 import anyio
 import msgspec
 import pytest
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from blockbuster import BlockBuster
 from prometheus_client import REGISTRY
+from stores import read_topic
 
 from authd.config import BUCKETS, ConfigError, Settings, parse_settings
 from authd.delivery import SWEEP_S, Publisher
@@ -76,7 +76,7 @@ async def test_a_registration_arrives_as_its_contract_says(settings: Settings, d
         assert user is not None
         publishing.offer(user.id % BUCKETS)
         await until_waiting(database, 0)
-    [record] = await read_topic(settings)
+    [record] = await read_topic(settings.kafka_bootstrap_servers[0], settings.kafka_registration_topic)
     assert json.loads(record.value) == {
         "user_id": user.id,
         "username": "Ann@Example.org",
@@ -146,6 +146,7 @@ async def test_a_full_queue_loses_nothing(settings: Settings, database: Database
     assert await numbers_by_user(settings) == {user: [0] for user in users}
 
 
+@pytest.mark.proof
 async def test_events_wait_for_a_broker_that_is_not_there_yet(
     impatient: Settings, database: Database, kafka_broker: KafkaBroker
 ) -> None:
@@ -160,6 +161,7 @@ async def test_events_wait_for_a_broker_that_is_not_there_yet(
     assert await numbers_by_user(impatient) == {user: [0] for user in range(5)}
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("fault", ["pause", "kill", "stop"])
 async def test_every_event_arrives_in_order_over_a_fault_of_the_broker(
     impatient: Settings, database: Database, kafka_broker: KafkaBroker, fault: str
@@ -209,6 +211,7 @@ async def test_a_row_leaves_the_outbox_only_when_acknowledged(
     assert await first_deliveries(impatient) == {1: [0, 1]}
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("is_killed", [False, True], ids=["frozen", "killed"])
 async def test_postgres_away_loses_nothing(
     impatient: Settings, database: Database, postgres_server: PostgresServer, is_killed: bool
@@ -376,25 +379,10 @@ async def first_deliveries(settings: Settings) -> dict[int, list[int]]:
 
 async def numbers_by_user(settings: Settings) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
-    for record in await read_topic(settings):
+    for record in await read_topic(settings.kafka_bootstrap_servers[0], settings.kafka_registration_topic):
         value = json.loads(record.value)
         found.setdefault(value["user_id"], []).append(value["number"])
     return found
-
-
-async def read_topic(settings: Settings) -> list[ConsumerRecord]:
-    """All that the topic holds now, which is all there is once the outbox is empty."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=settings.kafka_bootstrap_servers[0], auto_offset_reset="earliest")
-    partition = TopicPartition(settings.kafka_registration_topic, 0)
-    records: list[ConsumerRecord] = []
-    with anyio.fail_after(ARRIVE_S):
-        async with consumer:
-            consumer.assign([partition])
-            end = (await consumer.end_offsets([partition]))[partition]
-            while await consumer.position(partition) < end:
-                for batch in (await consumer.getmany(partition, timeout_ms=500)).values():
-                    records += batch
-    return records
 
 
 async def create_topic(settings: Settings, config: dict[str, str]) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import anyio
 import pytest
 from blockbuster import BlockBuster
-from service.relaying import header, make_settings, open_node, read_topic, until
+from service.relaying import header, make_settings, open_node, until
+from stores import read_topic
 
 from authd.config import BUCKETS
 from authd.embedded import KafkaBroker, RedisServer
@@ -15,6 +16,7 @@ from authd.embedded import KafkaBroker, RedisServer
 pytestmark = pytest.mark.timeout(120)
 
 
+@pytest.mark.proof
 async def test_each_users_first_deliveries_are_in_commit_order_while_the_broker_is_bounced(
     database_url: str, redis_server: RedisServer, kafka_broker: KafkaBroker, no_blocking: BlockBuster
 ) -> None:
@@ -42,16 +44,18 @@ async def test_each_users_first_deliveries_are_in_commit_order_while_the_broker_
             await until(lambda: is_at_least(lambda: done, users * changes // 2))
             await kafka_broker.start()
         await one.until_published()
-    told = first_deliveries(await read_topic(settings, settings.kafka_events_topic))
+    told = first_deliveries(await read_topic(settings.kafka_bootstrap_servers[0], settings.kafka_events_topic))
     assert len(told) == users
     for values in told.values():
         assert [value["reason"] for value in values if "reason" in value] == [str(number) for number in range(changes)]
     last = {
-        record.key: json.loads(record.value) for record in await read_topic(settings, settings.kafka_revocations_topic)
+        record.key: json.loads(record.value)
+        for record in await read_topic(settings.kafka_bootstrap_servers[0], settings.kafka_revocations_topic)
     }
     assert {value["reason"] for value in last.values()} == {str(changes - 1)}
 
 
+@pytest.mark.proof
 async def test_kafka_away_for_the_whole_run_fails_nothing_fills_no_redis_and_loses_nothing(
     database_url: str, redis_server: RedisServer, kafka_broker: KafkaBroker, no_blocking: BlockBuster
 ) -> None:
@@ -80,12 +84,12 @@ async def test_kafka_away_for_the_whole_run_fails_nothing_fills_no_redis_and_los
         if not kafka_broker.is_running:
             await kafka_broker.start()
     told: dict[int, dict[str, str]] = {}
-    for record in await read_topic(settings, settings.kafka_events_topic):
+    for record in await read_topic(settings.kafka_bootstrap_servers[0], settings.kafka_events_topic):
         told.setdefault(json.loads(record.value)["user_id"], {})[header(record, "event_id")] = header(
             record, "event_type"
         )
     assert {user: list(types.values()) for user, types in told.items()} == expected
-    registered = await read_topic(settings, settings.kafka_registration_topic)
+    registered = await read_topic(settings.kafka_bootstrap_servers[0], settings.kafka_registration_topic)
     assert {json.loads(record.value)["user_id"] for record in registered} == expected.keys()
 
 

@@ -12,7 +12,8 @@ import msgspec
 import pytest
 from aiokafka import ConsumerRecord
 from blockbuster import BlockBuster
-from service.relaying import CLIENT, Node, header, make_settings, open_node, read_topic, until
+from service.relaying import CLIENT, Node, header, make_settings, open_node, until
+from stores import read_topic
 
 from authd import events
 from authd.config import Settings
@@ -99,9 +100,9 @@ async def test_what_the_broker_delivered_is_what_the_page_says(
         while await node.remembered.revocations.announce_over():
             pass
         await node.until_published()
-    registered = await read_topic(settings, settings.kafka_registration_topic)
-    told = await read_topic(settings, settings.kafka_events_topic)
-    revoked = await read_topic(settings, settings.kafka_revocations_topic)
+    registered = await read_topic(settings.kafka_bootstrap_servers[0], settings.kafka_registration_topic)
+    told = await read_topic(settings.kafka_bootstrap_servers[0], settings.kafka_events_topic)
+    revoked = await read_topic(settings.kafka_bootstrap_servers[0], settings.kafka_revocations_topic)
     for record in [*registered, *told, *revoked]:
         assert set(dict(record.headers)) == {"event_id", "event_type", "schema_version"}
         assert str(uuid.UUID(header(record, "event_id"))) == header(record, "event_id")

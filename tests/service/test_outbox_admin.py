@@ -14,9 +14,9 @@ from service.relaying import (
     header,
     make_settings,
     open_node,
-    read_topic,
     until,
 )
+from stores import read_topic
 from structlog.testing import capture_logs
 
 from authd.admin import drop_outbox, list_outbox, retry_outbox
@@ -234,7 +234,7 @@ async def has_parked(node: Node, rows: int) -> bool:
 async def numbers(settings: Settings) -> dict[int, list[int]]:
     """First deliveries of each user."""
     found: dict[int, dict[str, Any]] = {}
-    for record in await read_topic(settings, settings.kafka_events_topic):
+    for record in await read_topic(settings.kafka_bootstrap_servers[0], settings.kafka_events_topic):
         value = json.loads(record.value)
         found.setdefault(value["user_id"], {}).setdefault(header(record, "event_id"), value["number"])
     return {user: list(by_id.values()) for user, by_id in found.items()}

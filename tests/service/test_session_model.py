@@ -199,6 +199,7 @@ class Histories(RuleBasedStateMachine):
         return self.world.clock() * 1000 <= device.issued_ms + GRACE_MS
 
 
+@pytest.mark.proof
 async def test_sessions_do_what_the_model_says(make_world: MakeWorld) -> None:
     world = await make_world(max_active_sessions=CAP, refresh_grace_s=GRACE_S)
     settings = hypothesis.settings(

@@ -77,6 +77,7 @@ class Answer:
     decided_ms: int
 
 
+@pytest.mark.proof
 async def test_two_tabs_agree_within_the_grace_and_never_after_it(
     make_world: MakeWorld, script_calls: list[ScriptCall]
 ) -> None:
@@ -135,6 +136,7 @@ async def test_two_tabs_agree_within_the_grace_and_never_after_it(
 # Logins
 
 
+@pytest.mark.proof
 async def test_five_hundred_logins_of_one_user_leave_ten_sessions(
     make_world: MakeWorld, script_calls: list[ScriptCall]
 ) -> None:
@@ -191,6 +193,7 @@ async def until_rows(world: World, user: User, count: int) -> None:
 # Endings that race
 
 
+@pytest.mark.proof
 async def test_a_logout_that_races_a_refresh_leaves_no_live_token(world: World) -> None:
     users = [await world.register() for _ in range(LANES)]
     other = await world.replica()
@@ -220,6 +223,7 @@ async def test_a_logout_that_races_a_refresh_leaves_no_live_token(world: World) 
     aim.assert_met_both()
 
 
+@pytest.mark.proof
 async def test_a_logout_that_races_a_login_ends_it_or_was_before_it(world: World) -> None:
     users = [await world.register() for _ in range(LANES)]
     aim = Aim()
@@ -281,6 +285,7 @@ async def test_a_login_that_verifies_while_all_sessions_end_opens_none_with_the_
         assert await world.outcome(replies[0].refresh_token) == "ok"
 
 
+@pytest.mark.proof
 async def test_a_rebuild_that_races_a_logout_leaves_no_live_token(world: World) -> None:
     users = [await world.register() for _ in range(LANES)]
     other = await world.replica()

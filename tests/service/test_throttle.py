@@ -469,6 +469,7 @@ async def storm(logins: Sequence[Callable[[], Awaitable[str]]]) -> Counter[str]:
     return answers
 
 
+@pytest.mark.proof
 async def test_ten_thousand_parallel_wrong_guesses_get_fifteen_hashes(make_settings: Callable[..., Settings]) -> None:
     async with replicas(make_settings()) as (replica,):
         answers = await storm([partial(replica.login, "wrong horse")] * 10_000)
