@@ -17,7 +17,7 @@ from authd.passwords import COST_MAX, verify_password
 from authd.postgres.database import open_database
 from authd.postgres.migrate import migrate as run_migrations
 from authd.postgres.outbox import PARKED_ROWS
-from authd.redis.client import open_redis
+from authd.redis.client import NO_EVICTION, open_redis
 from authd.revocations import RevocationFeed
 from authd.runtime import running
 from authd.stores import PostgresStores, RedisStores
@@ -46,6 +46,8 @@ async def check(settings: Settings) -> int:
             except Unavailable as error:
                 status = 1
                 _say(f"{part}: away: {error.__cause__!r}")
+        for policy in sorted(redis.eviction_policies - {NO_EVICTION}):
+            _say(f"Redis: evicts ({policy}): sessions and lockouts go when its memory is full; set {NO_EVICTION}")
     _say(f"Kafka: {await _check_kafka(settings)}")
     if settings.trusted_proxies:
         proxies = ", ".join(map(str, settings.trusted_proxies))

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import anyio
+import structlog
 from redis import exceptions as redis_errors
 from redis.asyncio import ConnectionPool, Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
@@ -53,6 +54,10 @@ _AWAY = (
 _REFUSED = (redis_errors.RedisError,)
 
 _RUN_ID = re.compile(rb"run_id:([0-9a-f]+)")
+_EVICTION = re.compile(rb"maxmemory_policy:([a-z-]+)")
+#: The one policy under which Redis refuses what it has no memory for, and throws nothing away.
+NO_EVICTION = "noeviction"
+_log = structlog.get_logger()
 T = TypeVar("T")
 
 _INCLUDE = re.compile(r"^-- include: (\w+)$", re.MULTILINE)
@@ -66,19 +71,30 @@ class Servers:
     def __init__(self) -> None:
         self._run_ids: dict[object, str] = {}
         self.generation = 0
+        #: What each server does when it has no memory left.
+        self.eviction_policies: dict[object, str] = {}
 
     async def on_connect(self, connection: Any) -> None:
         await connection.on_connect()
-        run_id = secrets.token_hex(8)  # one that nobody had: where it is not told, every connection counts as new
-        with suppress(ResponseError):
-            await connection.send_command("INFO", "server")
-            found = _RUN_ID.search(bytes(await connection.read_response(disable_decoding=True)))
-            run_id = found[1].decode() if found else run_id
+        # One that nobody had: where it is not told, every connection counts as new.
+        run_id = await _info(connection, "server", _RUN_ID) or secrets.token_hex(8)
         # Behind Sentinel all servers are one, for only the master is used; in a cluster each address has its slots.
         place = "" if isinstance(connection, SentinelManagedConnection) else (connection.host, connection.port)
         if self._run_ids.get(place) != run_id:
             self._run_ids[place] = run_id
             self.generation += 1
+            policy = await _info(connection, "memory", _EVICTION) or NO_EVICTION
+            self.eviction_policies[place] = policy
+            if policy != NO_EVICTION:
+                _log.warning("redis_evicts", policy=policy, server=f"{connection.host}:{connection.port}")
+
+
+async def _info(connection: Any, section: str, wanted: re.Pattern[bytes]) -> str | None:
+    with suppress(ResponseError):  # a user who may not ask
+        await connection.send_command("INFO", section)
+        found = wanted.search(bytes(await connection.read_response(disable_decoding=True)))
+        return found[1].decode() if found else None
+    return None
 
 
 class RedisClient:
@@ -100,6 +116,11 @@ class RedisClient:
     def generation(self) -> int:
         """Raised whenever a server may have lost what it had decided."""
         return self._servers.generation
+
+    @property
+    def eviction_policies(self) -> set[str]:
+        """What the servers that were met do when they have no memory left: `noeviction`, if all is well."""
+        return set(self._servers.eviction_policies.values())
 
     def key(self, bucket: int, name: str) -> str:
         """A key in the bucket's slot."""

@@ -12,9 +12,10 @@ import anyio
 import httpx
 import psutil
 import pytest
+from redis.asyncio import Redis
 from service_process import Account, Api, ServiceProcess, Services, assert_problem, eventually
 
-from authd.embedded import find_java_and_maven
+from authd.embedded import RedisServer, find_java_and_maven
 from authd.embedded.processes import free_port
 
 PASSWORD = "correct horse battery"
@@ -227,6 +228,21 @@ async def test_check_names_every_part(services: Services) -> None:
         assert (done.returncode, done.stderr) == (0, "")
         assert {"Postgres: answers", "Redis: answers"} <= set(done.stdout.splitlines())
         assert "Kafka: none configured" in done.stdout
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "noeviction"])
+async def test_a_redis_that_evicts_is_warned_of_at_the_start_and_by_check(
+    services: Services, stores_folder: Path, policy: str
+) -> None:
+    async with RedisServer(stores_folder / f"redis-{policy}", durable=False) as redis:
+        async with Redis.from_url(redis.url) as client:
+            await client.config_set("maxmemory-policy", policy)
+        async with services.running(AUTHD_REDIS_URL=redis.url) as process:
+            done = await process.run("check")
+            # All lines of the start are written by now.
+            warned = [line["policy"] for line in process.lines("redis_evicts")]
+        assert warned == ([policy] if policy == "allkeys-lru" else [])
+        assert (f"Redis: evicts ({policy})" in done.stdout) == (policy == "allkeys-lru")
 
 
 async def test_users_show_tells_the_state_of_a_user_in_any_spelling(services: Services) -> None:
