@@ -307,6 +307,12 @@ def cluster_url(urls: tuple[str, ...]) -> str:
     return "redis://" + ",".join(url.removeprefix("redis://") for url in urls)
 
 
+def open_raw(redis_url: str) -> Redis | RedisCluster:
+    """A client that is not authd's own."""
+    first = redis_url.split(",")[0]
+    return RedisCluster.from_url(first) if "," in redis_url else Redis.from_url(first)
+
+
 def client_url(url: str) -> str:
     # With a password and without TLS, else asyncpg looks for files of the user at each connection.
     return url.replace("postgres@", "postgres:unused@") + "?sslmode=disable"
@@ -333,9 +339,7 @@ async def open_world(database_url: str, redis_url: str, guard: BlockBuster, **ch
     async with AsyncExitStack() as stack:
         world: World = await stack.enter_async_context(_opened(World, settings, make_ring(), guard))
         world.is_cluster = "," in redis_url
-        first = redis_url.split(",")[0]
-        raw = RedisCluster.from_url(first) if world.is_cluster else Redis.from_url(first)
-        world.raw = await stack.enter_async_context(raw)
+        world.raw = await stack.enter_async_context(open_raw(redis_url))
         world.stack, world.guard = stack, guard
         yield world
         await world.wipe()
