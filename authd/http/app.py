@@ -14,7 +14,9 @@ from prometheus_client import Counter, Histogram
 from quart import Blueprint, Quart, Request, Response
 from quart.ctx import RequestContext
 from quart.typing import ResponseTypes
+from quart.wrappers.base import BaseRequestWebsocket
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.routing import MapAdapter
 
 from authd.config import Settings
 from authd.deadline import Deadline
@@ -81,6 +83,12 @@ class App(Quart):
         for deadline in self.inflight:
             deadline.end()
 
+    def create_url_adapter(self, request: BaseRequestWebsocket | None) -> MapAdapter | None:
+        # Whatever the Host: no route depends on it, and Quart's own raises over one that is no name.
+        if request is None:
+            return None
+        return self.url_map.bind("authd", path_info=request.path, default_method=request.method)
+
     def request_context(self, request: Request) -> RequestContext:
         return _Context(self, request)
 
@@ -129,6 +137,8 @@ class App(Quart):
 
 
 async def _has_whole_body(request: Request) -> bool:
+    if request.body._must_raise is not None:  # it is too large, and the rest of it was thrown away
+        return False
     if _has_read_body(request):
         return True
     with anyio.move_on_after(BODY_REST_S):

@@ -46,7 +46,10 @@ class Exchange(ASGIHTTPConnection):
         try:
             response: Any = await self.app.handle_request(self._request)
             answer = response.status_code, encode_headers(response.headers), await response.get_data(as_text=False)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if self._task.cancelling():
+                raise
+            # Also a cancellation that nobody asked for, as of a future of somebody else's.
             _log.error("fault", exc_info=error)
             answer = 500, [(b"content-length", b"0"), (b"connection", b"close")], b""
         await self._answer(*answer)

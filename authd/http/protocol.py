@@ -101,6 +101,8 @@ class Http1(H11Protocol):
         self.keep_alive_requests += 1
 
     async def _answer(self, status: int, headers: Headers, body: bytes) -> None:
+        if status == 204:  # RFC 9110, 8.6
+            headers = [(name, value) for name, value in headers if name != b"content-length"]
         headers += self.config.response_headers("h11")
         if self.keep_alive_requests >= self.config.keep_alive_max_requests:
             headers.append((b"connection", b"close"))
@@ -108,6 +110,7 @@ class Http1(H11Protocol):
         if body and self._sends_body:
             await self._send_h11_event(h11.Data(data=body))
         await self._send_h11_event(h11.EndOfMessage())
+        self._sends_body = True
         await self._maybe_recycle()
 
     def _complaint(self, request: h11.Request) -> str | None:
@@ -145,7 +148,7 @@ class Http1(H11Protocol):
 
     async def _send_error_response(self, status_code: int) -> None:
         """What the parser did not understand."""
-        await self._refuse(_PARSER_CODES.get(status_code, "bad_http"))
+        await self._refuse(_PARSER_CODES.get(status_code, "bad_http"), has_body=self._sends_body)
 
     async def _refuse(self, code: str, *, has_body: bool = True) -> None:
         metrics.refusals.labels(code).inc()

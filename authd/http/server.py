@@ -69,7 +69,7 @@ class HttpServer:
         """
         _raise_descriptor_limit(self.settings.connections_per_worker)
         loop = asyncio.get_running_loop()
-        self._now = loop.time
+        self.now = loop.time
         async with anyio.create_task_group() as self._group:
             server = await loop.create_server(self._make_protocol, sock=listener, backlog=LISTEN_BACKLOG)
             try:
@@ -99,12 +99,13 @@ class HttpServer:
 
     def _make_protocol(self) -> asyncio.BaseProtocol:
         if len(self._connections) < self.settings.connections_per_worker or self._evict():
-            return asyncio.StreamReaderProtocol(asyncio.StreamReader(), self._connected)
+            return _StreamProtocol(asyncio.StreamReader(), self._connected)
         metrics.connections_ended.labels("refused").inc()
         return _Refusal(self._refusals)
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = _Connection(self, reader, writer)
+        cast(_StreamProtocol, writer.transport.get_protocol()).connection = connection
         self._connections.add(connection)
         metrics.connections.inc()
         self._group.start_soon(self._serve, connection)
@@ -122,13 +123,13 @@ class HttpServer:
     def wait_for_client(self, connection: "_Connection") -> None:
         """The connection is the newest of those that wait for their client."""
         self._waiting.pop(connection, None)
-        self._waiting[connection] = self._now()
+        self._waiting[connection] = self.now()
 
     def _evict(self) -> bool:
         """Make room by closing the connection that has waited longest for its client."""
         while self._waiting:
             connection, since = next(iter(self._waiting.items()))
-            if self._now() - since < EVICT_AFTER_S:
+            if self.now() - since < EVICT_AFTER_S:
                 return False
             del self._waiting[connection]
             if connection.is_owed:
@@ -147,6 +148,22 @@ class HttpServer:
             self._gone.set()
 
 
+class _StreamProtocol(asyncio.StreamReaderProtocol):
+    """Tells the connection that its client has hung up, also when bytes that nobody reads yet stand before that."""
+
+    connection: "_Connection | None" = None
+
+    def eof_received(self) -> bool | None:
+        if self.connection is not None:
+            self.connection.on_hang_up()
+        return super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.connection is not None:
+            self.connection.on_hang_up()
+
+
 class _Connection:
     """One client's connection. Its task reads; what the application sends is written by the application's task."""
 
@@ -156,7 +173,8 @@ class _Connection:
         self._writer = writer
         writer.transport.set_write_buffer_limits(WRITE_BUFFER_BYTES)
         self._protocol: Http1 | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_at = math.inf
         self._ends_at = math.inf
         self._awaits_first_byte = False
         self._closing = False
@@ -172,8 +190,14 @@ class _Connection:
         return self._closing or self._protocol is None or self._protocol.is_owed
 
     def abort(self) -> None:
+        self._closing = True  # what was read before is not handled any more
         self._writer.transport.abort()
         self._stop_handling()
+
+    def on_hang_up(self) -> None:
+        """While a request is handled nobody may be reading, and so nobody else hears of it."""
+        if self._handler is not None:
+            self.abort()
 
     async def run(self) -> None:
         peer, local = (self._writer.get_extra_info(name) for name in ("peername", "sockname"))
@@ -245,6 +269,7 @@ class _Connection:
             if event.idle:
                 self._wait_for_request(self._server.settings.keep_alive_s, is_first_byte_awaited=True)
             else:
+                self._awaits_first_byte = False
                 self._set_timer(None)
 
     def _wait_for_request(self, seconds: float, *, is_first_byte_awaited: bool = False) -> None:
@@ -263,24 +288,27 @@ class _Connection:
 
     def _set_timer(self, seconds: float | None) -> None:
         """Abort the connection after these seconds, and not at any time set before."""
-        loop = asyncio.get_running_loop()
-        self._ends_at = math.inf if seconds is None else loop.time() + seconds
+        self._ends_at = math.inf if seconds is None else self._server.now() + seconds
         # The timer that runs looks again when it is due: to set one anew for each request costs more.
-        if self._timer is None or self._ends_at < self._timer.when():
+        if self._ends_at < self._timer_at:
             self._stop_timer()
-            self._timer = loop.call_at(self._ends_at, self._on_timer) if seconds is not None else None
+            self._start_timer()
+
+    def _start_timer(self) -> None:
+        self._timer_at = self._ends_at
+        self._timer = asyncio.get_running_loop().call_at(self._timer_at, self._on_timer)
 
     def _on_timer(self) -> None:
-        self._timer = None
-        if asyncio.get_running_loop().time() >= self._ends_at:
+        self._timer_at = math.inf
+        if self._server.now() >= self._ends_at:
             self.abort()
         elif self._ends_at < math.inf:
-            self._timer = asyncio.get_running_loop().call_at(self._ends_at, self._on_timer)
+            self._start_timer()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None
+        self._timer_at = math.inf
 
 
 class _Refusal(asyncio.Protocol):

@@ -179,6 +179,19 @@ async def test_a_target_above_8000_bytes_answers_414(service: ServiceProcess) ->
     assert (answer.status, answer.code) == (414, "target_too_long")
 
 
+async def test_a_chunked_body_that_is_too_large_is_told_that_the_connection_ends(service: ServiceProcess) -> None:
+    chunks = b"".join(b"1000\r\n" + b"x" * 4096 + b"\r\n" for _ in range(5))
+    [answer] = await talk(service, request("/auth/register", "POST", JSON, "Transfer-Encoding: chunked"), chunks)
+    assert (answer.status, answer.code, answer.headers["connection"]) == (413, "body_too_large", "close")
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64 + ".example", "[::1]:8000", "authd.example:99999"])
+async def test_no_route_depends_on_the_host(service: ServiceProcess, host: str) -> None:
+    sent = request("/livez", "GET", f"Host: {host}", "Connection: close", host=False)
+    [answer] = await talk(service, sent)
+    assert answer.status == 200
+
+
 # How many
 
 
@@ -254,6 +267,46 @@ async def test_connections_of_clients_that_left_are_not_counted(strict: ServiceP
         return await metric(strict, "authd_http_connections") <= before
 
     await eventually(are_gone)
+
+
+# What stands behind a request
+
+SLOW = {"AUTHD_BCRYPT_COST": "14", "AUTHD_HEADER_TIMEOUT_S": "0.3", "AUTHD_HASH_THREADS": "1"}
+BODY = b"username=nobody%40example.com&password=wrong+password"
+LOGIN = request("/auth/login", "POST", FORM, f"Content-Length: {len(BODY)}", body=BODY)
+
+
+async def test_a_pipelined_request_is_cut_by_no_deadline_of_the_next_ones_head(services: Services) -> None:
+    async with services.running(**SLOW) as process:
+        with anyio.fail_after(WITHIN_S):
+            async with await anyio.connect_tcp(*process.address) as stream:
+                await stream.send(request("/livez") + LOGIN)
+                received = await stream.receive()
+                # The login has begun, from what was read with the request before it.
+                await stream.send(request("/livez", "GET", "Connection: close"))
+                received += await read_to_end(stream)
+        assert [answer.status for answer in parse(received)] == [200, 401, 200]
+
+
+@pytest.mark.parametrize("behind", [b"", b"\r\n", request("/livez")], ids=["nothing", "an empty line", "a request"])
+async def test_a_client_that_hangs_up_is_noticed_whatever_it_sent_behind_its_request(
+    services: Services, behind: bytes
+) -> None:
+    async with services.running(**SLOW) as process:
+        async with await anyio.connect_tcp(*process.address) as stream:
+            await stream.send(LOGIN + behind)
+
+            async def is_hashed() -> bool:
+                return await metric(process, 'authd_hash_wait_seconds_count{queue="others"}') == 1
+
+            await eventually(is_hashed)
+
+        async def is_cut() -> bool:
+            return (
+                await metric(process, 'authd_http_requests_total{method="POST",route="/auth/login",status="499"}') == 1
+            )
+
+        await eventually(is_cut)
 
 
 # How slow
@@ -600,6 +653,7 @@ async def test_without_the_setting_no_page_may_read_anything(service: ServicePro
 async def test_a_page_of_a_permitted_origin_may_ask_and_read(strict: ServiceProcess, origin: str) -> None:
     asked = await ask(strict, *preflight(origin, "/auth/refresh_token"), "Access-Control-Request-Headers: content-type")
     assert (asked.status, asked.body) == (204, b"")
+    assert "content-length" not in asked.headers
     assert cors_of(asked) == {
         "access-control-allow-origin": origin,
         "access-control-allow-methods": "GET, POST, DELETE",
