@@ -23,7 +23,6 @@ from authd.deadline import Deadline
 from authd.errors import Refusal, Unavailable
 from authd.http.cors import Cors
 from authd.http.problems import (
-    SECURITY_HEADERS,
     ProblemResponse,
     deadline_response,
     problem_response,
@@ -115,7 +114,7 @@ class App(Quart):
             if not await _has_whole_body(request) or self.is_draining:
                 # It ends after this answer; a client that is not told would use it again.
                 response.headers["Connection"] = "close"
-            response.headers.extend(SECURITY_HEADERS | {"X-Request-ID": request_id})
+            response.headers["X-Request-ID"] = request_id
             # Only what says otherwise is for everybody: anything else may hold a token or tell of a user.
             response.headers.setdefault("Cache-Control", "no-store")
             self._cors.permit(request, response)
@@ -152,8 +151,7 @@ async def _has_whole_body(request: Request) -> bool:
 
 def _has_read_body(request: Request) -> bool:
     # Asked of the event itself: to wait for what is there already would cost a scope.
-    is_expected = request.content_length or "Transfer-Encoding" in request.headers
-    return request.body._complete.is_set() or not is_expected
+    return request.body._complete.is_set() or not (request.content_length or "Transfer-Encoding" in request.headers)
 
 
 def _record(request: Request, request_id: str, response: ResponseTypes | None, seconds: float) -> None:

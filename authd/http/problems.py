@@ -9,14 +9,15 @@ from authd.errors import InvalidClient, InvalidRequest, Refusal, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
 
-#: Every answer is data: nothing in it may be sniffed, framed, run or embedded elsewhere.
-SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
-}
+#: Every answer is data: nothing in it may be sniffed, framed, run or embedded elsewhere. As bytes, for the server adds
+#: them to every answer, and the application need not handle them.
+SECURITY_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"referrer-policy", b"no-referrer"),
+]
 
 #: Each code's status and title. A code that is missing here is a test failure.
 PROBLEMS: dict[str, tuple[int, str]] = {

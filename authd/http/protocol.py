@@ -18,7 +18,7 @@ from hypercorn.typing import ConnectionState, HTTPScope
 
 from authd.http.app import App
 from authd.http.exchange import Exchange, Headers
-from authd.http.problems import MEDIA_TYPE, PROBLEMS, SECURITY_HEADERS, problem_body
+from authd.http.problems import MEDIA_TYPE, PROBLEMS, problem_body
 from authd.observe import metrics
 
 #: RFC 9110, 4.1 asks for 8,000 at least.
@@ -170,7 +170,6 @@ def problem_headers(length: int) -> list[tuple[bytes, bytes]]:
         "Content-Length": str(length),
         "Connection": "close",
         "Cache-Control": "no-store",
-        **SECURITY_HEADERS,
     }
     return [(name.encode(), value.encode()) for name, value in headers.items()]
 

@@ -24,7 +24,7 @@ from hypercorn.events import Closed, Event, RawData, Updated
 
 from authd.config import Settings
 from authd.http.app import App
-from authd.http.problems import PROBLEMS, problem_body
+from authd.http.problems import PROBLEMS, SECURITY_HEADERS, problem_body
 from authd.http.protocol import Http1, problem_headers
 from authd.observe import metrics
 
@@ -334,13 +334,13 @@ class _Refusal(asyncio.Protocol):
 
 class _Config(Config):
     def response_headers(self, protocol: str) -> list[tuple[bytes, bytes]]:
-        """What stands in every answer besides the application's: the date, made once a second."""
-        return _date_header(int(time.time()))
+        """What stands in every answer besides the application's."""
+        return [*SECURITY_HEADERS, (b"date", _date(int(time.time())))]
 
 
 @lru_cache(1)
-def _date_header(second: int) -> list[tuple[bytes, bytes]]:
-    return [(b"date", formatdate(second, usegmt=True).encode())]
+def _date(second: int) -> bytes:
+    return formatdate(second, usegmt=True).encode()
 
 
 def _hypercorn_config(settings: Settings) -> Config:
@@ -365,7 +365,8 @@ def _raise_descriptor_limit(connections: int) -> None:
 def _full_answer() -> bytes:
     body = problem_body(FULL, "All connections are taken. Try again.")
     lines = [f"HTTP/1.1 {PROBLEMS[FULL][0]} {PROBLEMS[FULL][1]}".encode()]
-    lines += [name + b": " + value for name, value in [*problem_headers(len(body)), (b"Retry-After", b"1")]]
+    headers = [*problem_headers(len(body)), (b"Retry-After", b"1"), *SECURITY_HEADERS]
+    lines += [name + b": " + value for name, value in headers]
     return b"\r\n".join([*lines, b"", body])
 
 
