@@ -229,10 +229,19 @@ class RevocationFeed:
     async def _follow_heads(self) -> None:
         while True:
             await anyio.sleep(HEADS_INTERVAL_S)
+            known = dict(self._heads)
             try:
-                self._learn_all(await self._revocations.heads())
+                heads = await self._revocations.heads()
             except Unavailable:
                 _log.warning("revocation_heads_unknown")
+                continue
+            self._learn_all(heads)
+            for bucket, number in known.items():
+                if heads.get(bucket, 0) < number:
+                    # Postgres lost commits in a failover. Redis begins that bucket again before the numbers come back
+                    # with other rows.
+                    self._heads[bucket] = heads.get(bucket, 0)
+                    await self._run_catch_up(_CatchUp(bucket))
 
     async def _delete_expired(self) -> None:
         while True:

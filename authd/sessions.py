@@ -210,10 +210,13 @@ class Sessions:
         await self._feed.applied(row.bucket, row.number)
 
     async def end_of_token(self, token: RefreshToken, reason: str) -> None:
-        """End the session of a refresh token, also where Redis has lost it; nothing where the log has its end."""
+        """End the session of a refresh token, also where Redis has lost it; no second row where the log has its end."""
         user, ended = await self._users.find_of_session(token.user_id, token.session_id)
         if user is not None and ended is None and user.epoch == token.epoch:
             await self.end_logged(token.user_id, [token.session_id], reason)
+        elif user is not None:
+            # Whoever asks again after a 503 is told of success only when Redis has applied the row, too.
+            await self._feed.applied(bucket_of_user(user.id), user.revocation)
 
     async def find_live(self, user_id: int, session_id: bytes) -> Live | None:
         """The session, unless it has ended or Redis does not know it."""

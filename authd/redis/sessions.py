@@ -265,7 +265,6 @@ class SessionStore:
             self._session_ttl_ms,
             self._cap,
             self._refuse,
-            TOMBSTONE_TTL_MS,
             _pack_client(client),
             user_id,
             self._stream_max,

@@ -274,3 +274,24 @@ async def test_a_redis_that_is_ahead_of_a_restored_postgres_misses_no_ending(mak
     assert await world.bearer(pair.access_token) == "token_invalid"
     assert await world.outcome(pair.refresh_token) == "session_ended"
     assert int(await world.raw.get(world.redis.key(bucket, "applied"))) == 1
+
+
+async def test_a_log_that_lost_commits_is_noticed_before_its_numbers_come_again(world: World) -> None:
+    """Postgres failed over to a standby that had not heard of the newest row."""
+    user = await world.register()
+    pairs = [await world.open(user) for _ in range(3)]
+    bucket = user.id % BUCKETS
+    for pair in pairs[:2]:
+        await world.sessions.logout(pair.access_token, "current")
+    assert await world.applied(user.id) == 2
+    async with world.database.transaction() as connection:
+        await connection.execute("DELETE FROM revocations WHERE bucket = $1 AND number = 2", bucket)
+        await connection.execute("UPDATE revocation_heads SET last_number = 1 WHERE bucket = $1", bucket)
+
+    async def has_begun_again() -> bool:
+        return await world.applied(user.id) == 1
+
+    await until(has_begun_again)
+    await world.sessions.logout(pairs[2].access_token, "current")  # it is number 2 again
+    assert await world.bearer(pairs[2].access_token) == "token_invalid"
+    assert await world.outcome(pairs[2].refresh_token) == "session_ended"

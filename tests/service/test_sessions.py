@@ -108,6 +108,22 @@ async def test_a_rotation_that_redis_lost_is_no_theft(world: World) -> None:
     assert await world.rows(user.id) == []
 
 
+async def test_a_rotation_that_redis_lost_does_not_expire_with_the_token_before_it(make_world: MakeWorld) -> None:
+    world = await make_world(refresh_ttl_s=2)
+    user = await world.register()
+    first = await world.open(user)
+    saved = await world.values(user.id)
+    issued_ms = world.token(first).issued_ms
+    await world.until_ms(issued_ms + 1000)
+    second = await world.refresh(first.refresh_token)
+    await world.open(user)  # so that the hash lives on
+    await world.raw.hset(world.hash_key(user.id), mapping=saved)
+    await world.until_ms(issued_ms + 2000)
+    assert await world.outcome(first.refresh_token) == "refresh_token_expired"
+    third = await world.refresh(second.refresh_token)
+    assert world.token(third).counter == world.token(second).counter + 1
+
+
 async def test_a_token_ahead_of_a_later_rotation_is_theft(make_world: MakeWorld) -> None:
     """Scenario 2: a thief's old token rotated the session that Redis lost, then the owner brings the newest."""
     world = await make_world(refresh_grace_s=SMALL_GRACE_S)
@@ -706,3 +722,15 @@ async def test_a_token_of_another_deployment_finds_nothing(world: World) -> None
     pair = await world.login(user)
     other = await world.replica(deployment="t-another")
     assert await other.bearer(pair.access_token) == "token_invalid"
+
+
+async def test_a_revocation_that_is_asked_for_again_answers_when_redis_has_it(world: World) -> None:
+    """The first answer was a 503: Postgres had the row, and Redis was away."""
+    user = await world.register()
+    pair = await world.login(user)
+    other = await world.replica()
+    await world.revocations.end_sessions(user.id, [world.token(pair).session_id], "logout")
+    await world.sessions.end_of_token(world.token(pair), "revoked")
+    assert await world.applied(user.id) == 1
+    assert await other.bearer(pair.access_token) == "token_invalid"
+    assert [reason for _, _, reason in await world.rows(user.id)] == ["logout"]

@@ -9,8 +9,8 @@
 --       7 created, ms; 0: now (a login)       8 a refresh token's life, ms
 --       9 a session's life, ms               10 the cap
 --      11 1: refuse at the cap, 0: evict the oldest
---      12 a tombstone's life, ms             13 the client's bytes
---      14 user id                            15 the stream's bound for `session.opened`, 0: do not tell it
+--      12 the client's bytes                 13 user id
+--      14 the stream's bound for `session.opened`, 0: do not tell it
 --
 -- Returns {status, now} and more:
 --   opened, value, 1: not told since the stream is full, evicted id ...
@@ -47,7 +47,7 @@ for i = 1, #values, 2 do
     end
 end
 
-local session = { key_id = tonumber(ARGV[5]), epoch = epoch, counter = tonumber(ARGV[6]), issued = now, client = ARGV[13] }
+local session = { key_id = tonumber(ARGV[5]), epoch = epoch, counter = tonumber(ARGV[6]), issued = now, client = ARGV[12] }
 session.created = rebuilt and tonumber(ARGV[7]) or now
 session.expires = math.min(now + tonumber(ARGV[8]), session.created + tonumber(ARGV[9]))
 if session.expires <= now then return { 'expired', now } end
@@ -61,24 +61,23 @@ if surplus > 0 then
         return a.id < b.id
     end)
     if rebuilt and session.created < live[surplus].created then
-        local expires = now + tonumber(ARGV[12])
-        redis.call('HSET', KEYS[1], id, pack_tombstone(UNLOGGED, expires, 'evicted'))
-        add_event(KEYS[3], nil, 'session.evicted', 'u', ARGV[14], 's', id)
-        keep_until(KEYS[1], now, expires)
+        -- As long as the token it answers for, or until the log has its row; so are those below.
+        redis.call('HSET', KEYS[1], id, pack_tombstone(UNLOGGED, session.expires, 'evicted'))
+        add_event(KEYS[3], nil, 'session.evicted', 'u', ARGV[13], 's', id)
+        keep_until(KEYS[1], now, session.expires)
         return { 'evicted', now }
     end
     for i = 1, surplus do
-        -- As long as the token it answers for, or until the log has its row.
         redis.call('HSET', KEYS[1], live[i].id, pack_tombstone(UNLOGGED, live[i].expires, 'evicted'))
-        add_event(KEYS[3], nil, 'session.evicted', 'u', ARGV[14], 's', live[i].id)
+        add_event(KEYS[3], nil, 'session.evicted', 'u', ARGV[13], 's', live[i].id)
         reply[#reply + 1] = live[i].id
     end
 end
 redis.call('HSET', KEYS[1], id, reply[3])
 keep_until(KEYS[1], now, session.expires)
-local stream_max = tonumber(ARGV[15])
+local stream_max = tonumber(ARGV[14])
 if stream_max > 0 and not rebuilt then
-    local told = add_event(KEYS[3], stream_max, 'session.opened', 'u', ARGV[14], 's', id, 'c', ARGV[13])
+    local told = add_event(KEYS[3], stream_max, 'session.opened', 'u', ARGV[13], 's', id, 'c', ARGV[12])
     reply[4] = told and 0 or 1
 end
 return reply

@@ -29,10 +29,10 @@ local floor, floor_reason = unpack_floor(values[2])
 if epoch < floor then return { 'ended', now, floor_reason } end
 if s and s.expires <= now then
     redis.call('HDEL', KEYS[1], id)
-    if s.state == LIVE then return { 'expired', now } end
     s = nil
 end
--- A replica whose clock is behind takes the token for a living one, and would rebuild what has expired.
+-- A replica whose clock is behind takes the token for a living one, and would rebuild what has expired. A token that
+-- lives longer than what is stored is of a rotation that Redis lost: it is rebuilt.
 if not s then return { tonumber(ARGV[12]) <= now and 'expired' or 'unknown', now } end
 if s.state ~= LIVE then return { 'ended', now, s.reason } end
 
