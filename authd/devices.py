@@ -15,7 +15,7 @@ import time
 
 import msgspec
 
-from authd.tokens import Clock, KeyRing, MacKey, decode_base64url, encode_base64url
+from authd.tokens import Clock, KeyRing, decode_base64url, encode_base64url
 
 #: Longer than any time a user who still uses the service stays away.
 DEVICE_TTL_S = 180 * 86_400
@@ -49,7 +49,7 @@ class DeviceMint:
         device_id = device_id or secrets.token_bytes(DEVICE_ID_BYTES)
         expires_ms = int((now + DEVICE_TTL_S) * 1000)
         fields = _FIELDS.pack(key.id, user_id, password_version, device_id, expires_ms)
-        return _PREFIX + encode_base64url(fields + _mac(key, fields))
+        return _PREFIX + encode_base64url(fields + key.mac(_PREFIX, fields))
 
     def read(self, text: str) -> Device | None:
         """The device of a token of ours; None for anything else, which is then as good as no token."""
@@ -61,10 +61,6 @@ class DeviceMint:
         fields, mac = raw[: _FIELDS.size], raw[_FIELDS.size :]
         key_id, user_id, password_version, device_id, expires_ms = _FIELDS.unpack(fields)
         key = self._ring.find_mac_key(key_id)
-        if key is None or not hmac.compare_digest(mac, _mac(key, fields)):
+        if key is None or not hmac.compare_digest(mac, key.mac(_PREFIX, fields)):
             return None
         return Device(user_id, password_version, device_id) if expires_ms > self._clock() * 1000 else None
-
-
-def _mac(key: MacKey, fields: bytes) -> bytes:
-    return hmac.digest(key.secret, _PREFIX.encode() + fields, "sha256")

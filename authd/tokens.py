@@ -34,11 +34,11 @@ SESSION_ID_BYTES = 16
 ACCESS_TOKEN_CHARS_MAX = 4096
 
 _REFRESH_PREFIX = "v1."
-_REFRESH_PREFIX_BYTES = _REFRESH_PREFIX.encode()
 _REFRESH_FIELDS = struct.Struct(">IQ16sIQQQQ")
 _MAC_BYTES = hashlib.sha256().digest_size
 _REFRESH_CHARS = len(_REFRESH_PREFIX) + (_REFRESH_FIELDS.size + _MAC_BYTES) // 3 * 4  # a multiple of 3: no padding
 _SHARED_KID = "shared"
+#: Old services accept any HS256 token whose type is the plain one; others get the type of RFC 9068.
 _TYPES: dict[Algorithm, str] = {"ES256": "at+jwt", "Ed25519": "at+jwt", "HS256": "JWT"}
 _SIGNERS = {name: JWSRegistry.algorithms[name] for name in _TYPES}
 _USER_ID = re.compile(r"[1-9][0-9]{0,18}")
@@ -85,23 +85,21 @@ class SigningKey(msgspec.Struct, frozen=True):
     algorithm: Algorithm
     key: Key
     active_at: float
-    header: str = ""
-
-    def __post_init__(self) -> None:
-        # Old services accept any HS256 token whose type is the plain one; others get the type of RFC 9068.
-        header = {"typ": _TYPES[self.algorithm], "alg": self.algorithm, "kid": self.kid}
-        msgspec.structs.force_setattr(self, "header", encode_base64url(msgspec.json.encode(header)))
 
     def __repr__(self) -> str:
         return f"SigningKey({self.kid!r}, {self.algorithm!r})"
 
 
 class MacKey(msgspec.Struct, frozen=True):
-    """A key for refresh tokens. `active_at` in epoch seconds."""
+    """A key for refresh tokens and device tokens. `active_at` in epoch seconds."""
 
     id: int
     secret: bytes
     active_at: float
+
+    def mac(self, prefix: str, fields: bytes) -> bytes:
+        """The HMAC of a token's fields; its prefix keeps one kind of token from passing for another."""
+        return hmac.digest(self.secret, prefix.encode() + fields, "sha256")
 
     def __repr__(self) -> str:
         return f"MacKey({self.id})"
@@ -167,8 +165,9 @@ class TokenMint:
         }
         if self._audience:
             claims["aud"] = self._audience
+        header = {"typ": _TYPES[key.algorithm], "alg": key.algorithm, "kid": key.kid}
         # Not by `jwt.encode`, which checks a header and claims that we wrote ourselves, at the cost of the signature.
-        signed = f"{key.header}.{encode_base64url(msgspec.json.encode(claims))}"
+        signed = ".".join(encode_base64url(msgspec.json.encode(part)) for part in (header, claims))
         return f"{signed}.{encode_base64url(_SIGNERS[key.algorithm].sign(signed.encode(), key.key))}"
 
     def read_access(self, text: str) -> AccessClaims:
@@ -228,7 +227,7 @@ class TokenMint:
         if key is None:
             raise InvalidToken
         fields = _REFRESH_FIELDS.pack(*msgspec.structs.astuple(token))
-        return _REFRESH_PREFIX + encode_base64url(fields + _mac(key, fields))
+        return _REFRESH_PREFIX + encode_base64url(fields + key.mac(_REFRESH_PREFIX, fields))
 
     def read_refresh(self, text: str) -> RefreshToken:
         """The fields of a refresh token of ours.
@@ -244,7 +243,7 @@ class TokenMint:
         fields, mac = raw[: _REFRESH_FIELDS.size], raw[_REFRESH_FIELDS.size :]
         token = RefreshToken(*_REFRESH_FIELDS.unpack(fields))
         key = self._ring.find_mac_key(token.key_id)
-        if key is None or not hmac.compare_digest(mac, _mac(key, fields)):
+        if key is None or not hmac.compare_digest(mac, key.mac(_REFRESH_PREFIX, fields)):
             raise InvalidToken
         if token.expires_ms <= self._clock() * 1000:
             raise ExpiredToken
@@ -310,10 +309,6 @@ def decode_base64url(text: str) -> bytes | None:
 
 def _is_time(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**53
-
-
-def _mac(key: MacKey, fields: bytes) -> bytes:
-    return hmac.digest(key.secret, _REFRESH_PREFIX_BYTES + fields, hashlib.sha256)
 
 
 def _sealing_key(secret: Secret) -> OctKey:

@@ -236,11 +236,11 @@ class _Connection:
     async def _handle(self, protocol: Http1, data: bytes) -> None:
         # Hypercorn waits here without end when what it answered is not taken, or what it was sent not read. Not a
         # scope of anyio's: this is in the way of every request.
-        self._handler = asyncio.current_task()
+        self._handler = handler = cast("asyncio.Task[Any]", asyncio.current_task())
         try:
             await protocol.handle(RawData(data))
         except asyncio.CancelledError:
-            if not self._is_stopped or (self._handler is not None and self._handler.uncancel()):
+            if not self._is_stopped or handler.uncancel():
                 raise
         finally:
             self._handler = None

@@ -168,8 +168,8 @@ class RedisClient:
         await self._call(self.key(0, ""), self._client.ping())
 
     async def _call(self, key: str, call: Awaitable[T]) -> T:
-        """The result of one call, under the deadline and the breaker of the key's part. Without context managers of our
-        own: this is in the way of every request.
+        """The result of one call, under a deadline and the breaker of the key's part, of which not the context manager
+        is used: this is in the way of every request.
         """
         breaker = self._breaker(key)
         try:

@@ -23,9 +23,9 @@ from authd.breaker import FAILURES_MAX
 from authd.embedded import KafkaBroker, PostgresServer, RedisServer, fetch_libs
 from authd.embedded.processes import EmbeddedServer
 
-#: Shorter than the defaults, so that a frozen part costs the tests less; long enough for a busy machine.
 #: All clients of these tests are one address.
 CROWD = {"AUTHD_ADDRESS_MAX_FAILURES": "100000"}
+#: Shorter than the defaults, so that a frozen part costs the tests less; long enough for a busy machine.
 TIMEOUTS = {"AUTHD_REDIS_TIMEOUT_S": "0.8", "AUTHD_DATABASE_TIMEOUT_S": "1.2", "AUTHD_KAFKA_TIMEOUT_S": "3"}
 #: An answer slower than this has waited for a frozen part.
 SLOW_S = 0.6

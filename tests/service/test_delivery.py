@@ -8,9 +8,9 @@ from typing import Any
 import anyio
 import msgspec
 import pytest
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from blockbuster import BlockBuster
 from prometheus_client import REGISTRY
+from service.relaying import create_topics
 from stores import read_topic
 
 from authd.config import BUCKETS, ConfigError, Settings, parse_settings
@@ -231,7 +231,7 @@ async def test_postgres_away_loses_nothing(
 async def test_a_refused_event_holds_up_its_user_and_nobody_else(
     settings: Settings, database: Database, kafka_broker: KafkaBroker
 ) -> None:
-    await create_topic(settings, {"max.message.bytes": "2000"})
+    await create_topics(settings, {"max.message.bytes": "2000"}, settings.kafka_registration_topic)
     poisoned, *others = range(1, 1 + 31 * BUCKETS, BUCKETS)  # in one lane, and in one batch for Kafka
     await add(database, poisoned, 0)
     await add(database, poisoned, 1, padding=5000)
@@ -283,7 +283,7 @@ async def test_a_publisher_drained_while_the_broker_is_away_returns_at_once(
 async def test_a_send_without_an_answer_ends_its_producer_before_it_raises(
     impatient: Settings, kafka_broker: KafkaBroker
 ) -> None:
-    await create_topic(impatient, {})
+    await create_topics(impatient, {}, impatient.kafka_registration_topic)
     others = asyncio.all_tasks()
     async with used_producer(impatient) as send:
         await kafka_broker.kill()
@@ -297,7 +297,7 @@ async def test_a_send_without_an_answer_ends_its_producer_before_it_raises(
 
 
 async def test_a_cancelled_send_leaves_nothing_behind(impatient: Settings, kafka_broker: KafkaBroker) -> None:
-    await create_topic(impatient, {})
+    await create_topics(impatient, {}, impatient.kafka_registration_topic)
     others = asyncio.all_tasks()
     async with used_producer(impatient) as send:
         await kafka_broker.pause()
@@ -383,15 +383,6 @@ async def numbers_by_user(settings: Settings) -> dict[int, list[int]]:
         value = json.loads(record.value)
         found.setdefault(value["user_id"], []).append(value["number"])
     return found
-
-
-async def create_topic(settings: Settings, config: dict[str, str]) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap_servers[0])
-    await admin.start()
-    try:
-        await admin.create_topics([NewTopic(settings.kafka_registration_topic, 1, 1, topic_configs=config)])
-    finally:
-        await admin.close()
 
 
 def failed(reason: str) -> float:

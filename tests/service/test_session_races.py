@@ -153,7 +153,7 @@ async def test_five_hundred_logins_of_one_user_leave_ten_sessions(
     assert (len(kept), len(evicted)) == (10, count - 10)
     # Those that the script opened last. Within a millisecond there is no order but the ids'.
     assert min(token.created_ms for token in kept) >= max(token.created_ms for token in evicted)
-    await until_rows(world, user, count - 10)
+    await world.until_rows(user.id, count - 10)
     rows = await world.rows(user.id)
     assert sorted(rows) == sorted((token.session_id, None, "evicted") for token in evicted)
     opened = [call for call in script_calls if call.status == "opened"]
@@ -176,18 +176,9 @@ async def test_logins_at_two_replicas_hold_one_cap(world: World, script_calls: l
         # A login that a script has to be run for twice may evict twice; none of them is missing in the log.
         evicted = {id_ for call in script_calls if call.status == "opened" for id_ in call.reply[4:]}
         assert len(evicted) >= 110
-        await until_rows(world, user, len(evicted))
+        await world.until_rows(user.id, len(evicted))
         tree.cancel_scope.cancel()
     assert {id_ for id_, _, _ in await world.rows(user.id)} == evicted
-
-
-async def until_rows(world: World, user: User, count: int) -> None:
-    """An answer waits only so long for its rows; the tasks write them all the same."""
-
-    async def are_there() -> bool:
-        return len(await world.rows(user.id)) >= count
-
-    await until(are_there)
 
 
 # Endings that race

@@ -3,14 +3,13 @@
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
 from blockbuster import BlockBuster
-from service.world import CLIENT, LOGGED, UNLOGGED, MakeWorld, World, open_world, together, until
+from service.world import CLIENT, LOGGED, UNLOGGED, MakeWorld, World, answers, open_world, together, until
 
 from authd.config import BUCKETS
 from authd.embedded import PostgresServer, RedisServer
@@ -641,14 +640,6 @@ async def test_a_user_sees_and_ends_single_sessions(world: World) -> None:
 
 
 # What is in Redis
-
-
-async def answers(ask: Callable[[], Awaitable[object]]) -> bool:
-    try:
-        await ask()
-    except Unavailable:
-        return False
-    return True
 
 
 async def test_every_key_has_a_known_name_and_expires_but_the_applied_marks(make_world: MakeWorld) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 import pytest
 from redis.asyncio import Redis, RedisCluster
-from service.world import open_raw
+from service.world import answers, open_raw
 
 from authd.config import Secret, Settings
 from authd.embedded import RedisServer
@@ -375,18 +375,10 @@ async def test_an_abandoned_script_does_not_act_after_its_deadline(tmp_path: Pat
             # It is settled now, in time: the client's clock of this Redis is right again. The breaker takes a moment to
             # believe it.
             with anyio.fail_after(10):
-                while not await answers(client):  # noqa: ASYNC110
+                while not await answers(client.ping):  # noqa: ASYNC110
                     await anyio.sleep(0.05)
             await throttle.settle(attempt, FAILED)
             assert {fields[b"n"] for fields in (await state(raw, deployment)).values()} == {b"1"}
-
-
-async def answers(client: RedisClient) -> bool:
-    try:
-        await client.ping()
-    except Unavailable:
-        return False
-    return True
 
 
 # Storms, through the Hasher

@@ -21,7 +21,7 @@ from redis.commands.core import AsyncScript
 from authd.config import BUCKETS, Secret, Settings
 from authd.devices import DeviceMint
 from authd.embedded import PostgresServer
-from authd.errors import RefreshRefused, Refusal, UserDisabled
+from authd.errors import RefreshRefused, Refusal, Unavailable, UserDisabled
 from authd.hasher import Hasher
 from authd.login import PasswordCheck
 from authd.passwords import hash_password
@@ -257,6 +257,14 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     with anyio.fail_after(PATIENCE_S):
         while not await condition():  # noqa: ASYNC110
             await anyio.sleep(0.005)
+
+
+async def answers(ask: Callable[[], Awaitable[object]]) -> bool:
+    try:
+        await ask()
+    except Unavailable:
+        return False
+    return True
 
 
 async def together(*calls: Callable[[], Awaitable[Any]]) -> list[Any]:
