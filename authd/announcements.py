@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from authd.base64url import encode_base64url
 from authd.config import Settings
 from authd.events import (
     Event,
@@ -16,7 +17,6 @@ from authd.events import (
     UserChanged,
     UserRegistered,
 )
-from authd.tokens import encode_base64url
 
 #: How much longer a revocation is announced than access tokens live: for the clocks of the replicas, and for a refresh
 #: that was under way when its session ended.

@@ -9,10 +9,12 @@ from typing import Any
 import anyio
 import msgspec
 
+from authd.base64url import encode_base64url
 from authd.errors import InvalidAccessToken, InvalidClient, Unavailable
 from authd.postgres.clients import Clients
+from authd.refresh_tokens import RefreshToken
 from authd.sessions import Sessions
-from authd.tokens import InvalidToken, RefreshToken, TokenMint, encode_base64url
+from authd.tokens import InvalidToken, TokenMint
 
 #: How long a client's registration is believed without asking Postgres: the longest life of a removed client.
 FRESH_S = 10.0
@@ -90,7 +92,7 @@ class TokenDesk:
 
         :raises Unavailable:
         """
-        refresh = self._read_refresh(token)
+        refresh = await self._read_refresh(token)
         if refresh is not None:
             await self._sessions.end_of_token(refresh, "revoked")
             return
@@ -98,7 +100,7 @@ class TokenDesk:
             claims, _ = await self._sessions.authenticate(token)
         except InvalidAccessToken:
             return
-        await self._sessions.end_logged(claims.user_id, [claims.session_id], "revoked")
+        await self._sessions.end_logged(claims.subject, [claims.session_id], "revoked")
 
     async def _introspect_access(self, token: str) -> dict[str, Any] | None:
         try:
@@ -119,10 +121,10 @@ class TokenDesk:
         }
 
     async def _introspect_refresh(self, token: str) -> dict[str, Any] | None:
-        refresh = self._read_refresh(token)
+        refresh = await self._read_refresh(token)
         if refresh is None:
             return None
-        live = await self._sessions.find_live(refresh.user_id, refresh.session_id)
+        live = await self._sessions.find_live(refresh.subject, refresh.session_id)
         # Only the newest of a session: an older one is at best repeated.
         if live is None or live.session.counter != refresh.counter or live.session.epoch != refresh.epoch:
             return None
@@ -135,9 +137,9 @@ class TokenDesk:
             "iat": refresh.issued_ms // 1000,
         }
 
-    def _read_refresh(self, token: str) -> RefreshToken | None:
+    async def _read_refresh(self, token: str) -> RefreshToken | None:
         try:
-            return self._mint.read_refresh(token)
+            return await self._sessions.identify(self._mint.read_refresh(token))
         except InvalidToken:
             return None
 

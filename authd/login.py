@@ -78,7 +78,7 @@ class PasswordCheck:
             raise InvalidCredentials
         # An ignored device gets a new id: whoever stole its token does not share a counter with its owner again.
         device_id = device.id if device is not None else None
-        return Checked(found, self._devices.make(found.id, found.password_version, device_id))
+        return Checked(found, self._devices.make(found.subject, found.password_version, device_id))
 
     async def _verify(self, guess: _Guess) -> User | None:
         """The user, if the password matches: after exactly one hash, which counts whatever becomes of the request."""
@@ -141,7 +141,5 @@ class PasswordCheck:
 
 def _is_of(device: Device | None, user: User | None) -> bool:
     return (
-        device is not None
-        and user is not None
-        and (device.user_id, device.password_version) == (user.id, user.password_version)
+        device is not None and user is not None and device.is_of(user.subject, user.password_version, user.created_at)
     )

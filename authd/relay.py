@@ -13,16 +13,17 @@ import structlog
 from anyio.abc import TaskStatus
 
 from authd.announcements import EventFactory, iso
+from authd.base64url import encode_base64url
 from authd.config import BUCKETS
 from authd.errors import Unavailable
 from authd.events import EventType, LoginLocked, SessionChanged, SessionOpened
+from authd.mac_tokens import Subject
 from authd.observe import metrics
 from authd.postgres.relay import Relayed, RelayStore
 from authd.postgres.revocations import Ending
 from authd.redis.events import EventStreams, StreamEntry
 from authd.redis.sessions import unpack_client
 from authd.revocations import RevocationFeed
-from authd.tokens import encode_base64url
 
 #: Entries moved in one transaction.
 ENTRIES_MAX = 200
@@ -207,5 +208,7 @@ class EventRelay:
             )
         else:
             change = SessionChanged(user_id=user_id, session_id=sid, occurred_at=occurred_at)
-        ending = None if reason is None else Ending(user_id, session_id, reason)
+        # Entries of before have no incarnation. Their endings are then applied to what is left of before.
+        subject = Subject(user_id, int(entry.fields.get("i", 0)))
+        ending = None if reason is None else Ending(subject, session_id, reason)
         return Relayed(user_id, self._events.told(kind, user_id, change, once=sid), ending)

@@ -13,6 +13,7 @@ from anyio.abc import TaskStatus
 
 from authd.config import BUCKETS
 from authd.errors import Unavailable
+from authd.mac_tokens import Subject
 from authd.postgres.revocations import Revocation, Revocations
 from authd.redis.sessions import SessionStore
 
@@ -55,9 +56,9 @@ class _CatchUp(_Job):
 
 
 class _Ending(_Job):
-    def __init__(self, user_id: int, session_id: bytes, reason: str) -> None:
+    def __init__(self, subject: Subject, session_id: bytes, reason: str) -> None:
         super().__init__()
-        self.user_id = user_id
+        self.subject = subject
         self.session_id = session_id
         self.reason = reason
 
@@ -131,13 +132,13 @@ class RevocationFeed:
             _log.error("revocation_log_lacks_rows", bucket=bucket, number=number)
             raise Unavailable("session_store")
 
-    async def record(self, user_id: int, session_ids: Sequence[bytes], reason: str) -> None:
+    async def record(self, subject: Subject, session_ids: Sequence[bytes], reason: str) -> None:
         """Log endings that Redis decided. The tombstones in Redis hold meanwhile; the tasks go on when the request
         does not wait, and try again while Postgres is away.
 
         :raises Unavailable: when too many wait already.
         """
-        jobs = [_Ending(user_id, session_id, reason) for session_id in session_ids]
+        jobs = [_Ending(subject, session_id, reason) for session_id in session_ids]
         try:
             for job in jobs:
                 self._endings[0].send_nowait(job)
@@ -174,10 +175,11 @@ class RevocationFeed:
         delay_s = 0.1
         while True:
             try:
-                row = await self._revocations.record_sessions(job.user_id, [job.session_id], job.reason)
+                row = await self._revocations.record_sessions(job.subject, [job.session_id], job.reason)
                 break
             except Unavailable:
-                _log.warning("revocation_not_logged", user_id=job.user_id, reason=job.reason, retry_in_s=delay_s)
+                user_id = job.subject.user_id
+                _log.warning("revocation_not_logged", user_id=user_id, reason=job.reason, retry_in_s=delay_s)
                 await anyio.sleep(delay_s)
                 delay_s = min(2 * delay_s, RETRY_MAX_S)
         job.finish()
@@ -222,7 +224,7 @@ class RevocationFeed:
 
     async def _apply(self, row: Revocation, after: int) -> int:
         answer = await self._store.apply(
-            row.user_id, after, row.number, session_id=row.session_id, epoch=row.epoch, reason=row.reason
+            row.subject, after, row.number, session_id=row.session_id, epoch=row.epoch, reason=row.reason
         )
         return answer.number
 

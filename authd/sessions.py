@@ -16,6 +16,7 @@ import structlog
 
 from authd.accounts import Profile, profile_of
 from authd.announcements import iso
+from authd.base64url import decode_base64url, encode_base64url
 from authd.errors import (
     InvalidAccessToken,
     InvalidCredentials,
@@ -28,22 +29,15 @@ from authd.errors import (
     UserDisabled,
 )
 from authd.login import PasswordCheck
+from authd.mac_tokens import Subject
 from authd.postgres.revocations import Revocations
 from authd.postgres.users import User, Users
 from authd.redis.client import bucket_of_user
-from authd.redis.sessions import Behind, Client, Denied, Live, LiveSession, Opened, Rotated, SessionStore
+from authd.redis.sessions import Behind, Client, Denied, Live, LiveSession, Opened, Owner, Rotated, SessionStore
 from authd.redis.users import UserCache
+from authd.refresh_tokens import SESSION_ID_BYTES, RefreshToken
 from authd.revocations import RevocationFeed
-from authd.tokens import (
-    SESSION_ID_BYTES,
-    AccessClaims,
-    ExpiredToken,
-    InvalidToken,
-    RefreshToken,
-    TokenMint,
-    decode_base64url,
-    encode_base64url,
-)
+from authd.tokens import AccessClaims, ExpiredToken, InvalidToken, TokenMint
 
 #: Times a script is asked again: after the log was applied or read, the user read again, or the session found.
 ROUNDS_MAX = 8
@@ -130,11 +124,13 @@ class Sessions:
         :raises Unavailable:
         """
         try:
-            token = self._mint.read_refresh(refresh_token)
+            token = await self.identify(self._mint.read_refresh(refresh_token))
         except ExpiredToken:
             raise RefreshRefused("refresh_token_expired") from None
         except InvalidToken:
             raise RefreshRefused("refresh_token_invalid") from None
+        if token is None:
+            raise UserDisabled
         bucket = bucket_of_user(token.user_id)
         for _ in range(ROUNDS_MAX):
             key_id = self._mint.mac_key_id()
@@ -143,10 +139,24 @@ class Sessions:
             if isinstance(answer, Denied) and answer.status == "unknown":
                 answer = await self._rebuild(token, key_id, client)
             if not isinstance(answer, Denied):
-                return self._pair(token.user_id, answer.session)
+                return self._pair(token.subject, answer.session)
             if answer.status != "present":
                 raise await self._refusal(token, answer)
         raise Unavailable("session_store")
+
+    async def identify(self, token: RefreshToken) -> RefreshToken | None:
+        """Return the token with its user's incarnation, for which Postgres is asked where the token is of before there
+        were any; None where its user is gone.
+
+        :raises Unavailable:
+        """
+        if token.incarnation:
+            return token
+        user = await self._users.find(token.user_id, None)
+        # An id that was given twice: what was opened before this user registered is another one's.
+        if user is None or token.created_ms < user.registered_ms:
+            return None
+        return msgspec.structs.replace(token, incarnation=user.incarnation)
 
     async def profile(self, access_token: str) -> Profile:
         """Whose token this is: from the cache, or from Postgres behind it.
@@ -156,12 +166,12 @@ class Sessions:
         claims, live = await self.authenticate(access_token)
         if live.user_json:
             return msgspec.json.decode(live.user_json, type=Profile)
-        user = await self._users.find(claims.user_id)
+        user = await self._users.find(*claims.subject)
         if user is None or user.disabled:
             raise InvalidAccessToken
         profile = profile_of(user)
         with suppress(Unavailable):  # a Redis without memory reads, and caches nothing
-            await self._cache.store(user.id, user.version, msgspec.json.encode(profile))
+            await self._cache.store(user.subject, user.version, msgspec.json.encode(profile))
         return profile
 
     async def list_own(self, access_token: str) -> list[SessionView]:
@@ -170,7 +180,7 @@ class Sessions:
         :raises InvalidAccessToken, Unavailable:
         """
         claims, _ = await self.authenticate(access_token)
-        return [_view(session, claims.session_id) for session in await self._list(claims.user_id)]
+        return [_view(session, claims.session_id) for session in await self._list(claims.subject)]
 
     async def end(self, access_token: str, session_id: str) -> None:
         """End one live session of the token's user.
@@ -180,9 +190,9 @@ class Sessions:
         """
         claims, _ = await self.authenticate(access_token)
         wanted = decode_base64url(session_id)
-        if wanted is None or all(session.id != wanted for session in await self._list(claims.user_id)):
+        if wanted is None or all(session.id != wanted for session in await self._list(claims.subject)):
             raise UnknownSession
-        await self.end_logged(claims.user_id, [wanted], "logout")
+        await self.end_logged(claims.subject, [wanted], "logout")
 
     async def logout(self, access_token: str, scope: LogoutScope) -> None:
         """End the token's session, its user's others, or all. When this returns, Postgres holds it and Redis has
@@ -192,35 +202,43 @@ class Sessions:
         :raises Unavailable: also when only Redis has not applied it yet: it will before it serves that user again.
         """
         claims, _ = await self.authenticate(access_token)
+        if scope == "current":
+            await self.end_logged(claims.subject, [claims.session_id], "logout")
+            return
         if scope == "all":
-            row = await self._users.end_all_sessions(claims.user_id, "logout")
-            if row is None:
-                raise InvalidAccessToken
-            await self._feed.applied(row.bucket, row.number)
-        elif scope == "current":
-            await self.end_logged(claims.user_id, [claims.session_id], "logout")
-        else:
-            others = [session.id for session in await self._list(claims.user_id) if session.id != claims.session_id]
-            if others:
-                await self.end_logged(claims.user_id, others, "logout")
+            row = await self._users.end_all_sessions(claims.subject, "logout")
+            if row is not None:
+                await self._feed.applied(row.bucket, row.number)
+                return
+        # Each by itself, also all of a user whose row is gone: there is no epoch to raise.
+        live = [session.id for session in await self._list(claims.subject)]
+        ended = [id_ for id_ in live if scope == "all" or id_ != claims.session_id]
+        if ended:
+            await self.end_logged(claims.subject, ended, "logout")
 
-    async def end_logged(self, user_id: int, session_ids: Sequence[bytes], reason: str) -> None:
+    async def end_logged(self, subject: Subject, session_ids: Sequence[bytes], reason: str) -> None:
         """End sessions: first in the log, then in Redis."""
-        row = await self._revocations.end_sessions(user_id, session_ids, reason)
+        row = await self._revocations.end_sessions(subject, session_ids, reason)
         await self._feed.applied(row.bucket, row.number)
 
     async def end_of_token(self, token: RefreshToken, reason: str) -> None:
-        """End the session of a refresh token, also where Redis has lost it; no second row where the log has its end."""
-        user, ended = await self._users.find_of_session(token.user_id, token.session_id)
-        if user is not None and ended is None and user.epoch == token.epoch:
-            await self.end_logged(token.user_id, [token.session_id], reason)
+        """End the session of an identified refresh token, also where Redis has lost it, or the user is gone; no second
+        row where the log has its end.
+        """
+        user, ended = await self._users.find_of_session(token.subject, token.session_id)
+        if user is None:
+            is_alive = await self.find_live(token.subject, token.session_id) is not None
+        else:
+            is_alive = ended is None and user.epoch == token.epoch
+        if is_alive:
+            await self.end_logged(token.subject, [token.session_id], reason)
         elif user is not None:
             # Whoever asks again after a 503 is told of success only when Redis has applied the row, too.
             await self._feed.applied(bucket_of_user(user.id), user.revocation)
 
-    async def find_live(self, user_id: int, session_id: bytes) -> Live | None:
+    async def find_live(self, subject: Subject, session_id: bytes) -> Live | None:
         """The session, unless it has ended or Redis does not know it."""
-        answer = await self._ask(bucket_of_user(user_id), partial(self._store.inspect, user_id, session_id))
+        answer = await self._ask(bucket_of_user(subject.user_id), partial(self._store.inspect, subject, session_id))
         return answer if isinstance(answer, Live) else None
 
     async def authenticate(self, access_token: str) -> tuple[AccessClaims, Live]:
@@ -234,43 +252,46 @@ class Sessions:
             raise InvalidAccessToken from None
         # A session that Redis does not know is dead to an access token: it rebuilds nothing, since in HS256 mode every
         # downstream service could forge one.
-        live = await self.find_live(claims.user_id, claims.session_id)
+        live = await self.find_live(claims.subject, claims.session_id)
         if live is None:
             raise InvalidAccessToken
         return claims, live
 
-    async def _list(self, user_id: int) -> list[LiveSession]:
-        return await self._ask(bucket_of_user(user_id), partial(self._store.list_live, user_id))
+    async def _list(self, subject: Subject) -> list[LiveSession]:
+        return await self._ask(bucket_of_user(subject.user_id), partial(self._store.list_live, subject))
 
     async def _open(self, user: User, client: Client) -> TokenPair:
         session_id = secrets.token_bytes(SESSION_ID_BYTES)
         bucket = bucket_of_user(user.id)
         for _ in range(ROUNDS_MAX):
             self._feed.learn(bucket, user.revocation)
-            open_session = partial(self._store.open, user.id, user.epoch, session_id, self._mint.mac_key_id(), client)
+            open_session = partial(self._store.open, _owner(user), session_id, self._mint.mac_key_id(), client)
             answer = await self._ask(bucket, open_session)
             if isinstance(answer, Opened):
                 self._on_event(bucket)
-                await self._record(user.id, answer.evicted, "evicted")
-                return self._pair(user.id, answer.session)
+                await self._record(user.subject, answer.evicted, "evicted")
+                return self._pair(user.subject, answer.session)
             if answer.status == "refused":
                 raise SessionLimit
             if answer.status == "ended":
                 # Opened by a run whose reply did not count, and evicted since: this login begins anew.
                 session_id = secrets.token_bytes(SESSION_ID_BYTES)
                 continue
-            # All sessions ended while the password was hashed. What was verified may be an old password.
-            fresh = await self._users.find(user.id)
-            if fresh is None or fresh.disabled or fresh.password_hash != user.password_hash:
+            # All sessions ended while the password was hashed. What was verified may be an old password: its version
+            # tells, and not the hash, which a parallel login may have renewed.
+            fresh = await self._users.find(*user.subject)
+            if fresh is None or fresh.disabled or fresh.password_version != user.password_version:
                 raise InvalidCredentials
             user = fresh
         raise Unavailable("session_store")
 
     async def _rebuild(self, token: RefreshToken, key_id: int, client: Client) -> Opened | Denied:
         """Put back a session that Redis lost, if Postgres has not ended it."""
-        user, ended = await self._users.find_of_session(token.user_id, token.session_id)
-        if user is None or user.disabled:
-            reason: str | None = "user_disabled"
+        user, ended = await self._users.find_of_session(token.subject, token.session_id)
+        if user is None:
+            reason: str | None = "user_deleted"
+        elif user.disabled:
+            reason = "user_disabled"
         else:
             reason = ended if ended or user.epoch == token.epoch else "logout"
         if reason is not None or user is None:
@@ -278,11 +299,11 @@ class Sessions:
             return Denied("ended", reason or "")
         bucket = bucket_of_user(user.id)
         self._feed.learn(bucket, user.revocation)
-        answer = await self._ask(bucket, partial(self._store.rebuild, token, key_id, client))
+        answer = await self._ask(bucket, partial(self._store.rebuild, _owner(user), token, key_id, client))
         if isinstance(answer, Opened):
             _log.info("session_rebuilt", user_id=user.id)
             self._on_event(bucket)
-            await self._record(user.id, answer.evicted, "evicted")
+            await self._record(user.subject, answer.evicted, "evicted")
         return answer
 
     async def _refusal(self, token: RefreshToken, denied: Denied) -> Refusal:
@@ -290,21 +311,21 @@ class Sessions:
             return SessionLimit()
         if denied.status in ("reused", "evicted"):
             self._on_event(bucket_of_user(token.user_id))
-            await self._record(token.user_id, [token.session_id], denied.status)
+            await self._record(token.subject, [token.session_id], denied.status)
         if denied.status in ("ended", "stale"):
             return (
                 UserDisabled()
-                if denied.reason == "user_disabled"
+                if denied.reason in ("user_disabled", "user_deleted")
                 else RefreshRefused(_ENDED.get(denied.reason, "session_ended"))
             )
         return RefreshRefused(_REFUSED[denied.status])
 
-    async def _record(self, user_id: int, session_ids: list[bytes], reason: str) -> None:
+    async def _record(self, subject: Subject, session_ids: list[bytes], reason: str) -> None:
         """Log what Redis ended, before the answer if Postgres is there."""
         with anyio.move_on_after(RECORD_WAIT_S) as waiting:
-            await self._feed.record(user_id, session_ids, reason)
+            await self._feed.record(subject, session_ids, reason)
         if waiting.cancelled_caught:
-            _log.warning("ending_not_logged_yet", user_id=user_id, reason=reason, sessions=len(session_ids))
+            _log.warning("ending_not_logged_yet", user_id=subject.user_id, reason=reason, sessions=len(session_ids))
 
     async def _ask(self, bucket: int, ask: Callable[[int], Awaitable[Answer]]) -> Answer:
         """Ask a script with the highest revocation number that this replica knows."""
@@ -321,24 +342,31 @@ class Sessions:
             # script that runs twice changes nothing the second time.
         raise Unavailable("session_store")
 
-    def _pair(self, user_id: int, session: LiveSession) -> TokenPair:
+    def _pair(self, subject: Subject, session: LiveSession) -> TokenPair:
         token = RefreshToken(
-            session.key_id,
-            user_id,
-            session.id,
-            session.epoch,
-            session.counter,
-            session.created_ms,
-            session.issued_ms,
-            session.expires_ms,
+            key_id=session.key_id,
+            user_id=subject.user_id,
+            incarnation=subject.incarnation,
+            session_id=session.id,
+            epoch=session.epoch,
+            counter=session.counter,
+            created_ms=session.created_ms,
+            issued_ms=session.issued_ms,
+            expires_ms=session.expires_ms,
+            authenticated_s=session.authenticated_s,
+            factors=session.factors,
+            kind=session.kind,
         )
+        token_id = encode_base64url(secrets.token_bytes(16))
         return TokenPair(
-            access_token=self._mint.make_access(
-                user_id, session.id, session.epoch, encode_base64url(secrets.token_bytes(16))
-            ),
+            access_token=self._mint.make_access(subject, session.id, session.epoch, token_id),
             refresh_token=self._mint.make_refresh(token),
             expires_in=self._mint.access_ttl_s,
         )
+
+
+def _owner(user: User) -> Owner:
+    return Owner(user.subject, user.epoch, user.registered_ms)
 
 
 def _view(session: LiveSession, current: bytes) -> SessionView:

@@ -1,19 +1,7 @@
-"""Access tokens, refresh tokens and the key ring that makes and proves both. Pure: no I/O, the clock is an argument.
+"""Access tokens, and the key ring that makes and proves all tokens. Pure: no I/O, the clock is an argument."""
 
-A refresh token is ``v1.`` and base64url of these big-endian fields and their HMAC-SHA-256:
-
-    MAC key id u32 | user id u64 | session id 16 bytes | epoch u32 | counter u64 | created, issued, expires u64 ms
-
-So junk is refused with no I/O, every key in Redis follows from the token, and nothing stored can be turned into one.
-Equal fields give equal bytes: that is how a repeated refresh gets the same successor.
-"""
-
-import hashlib
-import hmac
 import re
-import struct
 import time
-from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeGuard
 
@@ -25,24 +13,27 @@ from joserfc.errors import JoseError
 from joserfc.jwk import ECKey, Key, OctKey, OKPKey
 from joserfc.jws import JWSRegistry
 
+from authd.base64url import decode_base64url, encode_base64url
 from authd.config import SECRET_BYTES_MIN, Secret, Settings
+from authd.mac_tokens import Subject
+from authd.refresh_tokens import SESSION_ID_BYTES, RefreshToken, make_refresh_token, read_refresh_token
 
 Algorithm = Literal["ES256", "Ed25519", "HS256"]
 Clock = Callable[[], float]
 
-SESSION_ID_BYTES = 16
 ACCESS_TOKEN_CHARS_MAX = 4096
 
-_REFRESH_PREFIX = "v1."
-_REFRESH_FIELDS = struct.Struct(">IQ16sIQQQQ")
-_MAC_BYTES = hashlib.sha256().digest_size
-_REFRESH_CHARS = len(_REFRESH_PREFIX) + (_REFRESH_FIELDS.size + _MAC_BYTES) // 3 * 4  # a multiple of 3: no padding
+#: How far the clocks of replicas may be apart: a token that is issued later than that from now is a forgery.
+CLOCKS_APART_S = 300
 _SHARED_KID = "shared"
 #: Old services accept any HS256 token whose type is the plain one; others get the type of RFC 9068.
 _TYPES: dict[Algorithm, str] = {"ES256": "at+jwt", "Ed25519": "at+jwt", "HS256": "JWT"}
 _SIGNERS = {name: JWSRegistry.algorithms[name] for name in _TYPES}
 _USER_ID = re.compile(r"[1-9][0-9]{0,18}")
 _USER_ID_MAX = 2**63 - 1
+_INCARNATION_MAX = 2**32 - 1
+#: The order of P-256's group (FIPS 186-5). Beside a signature (r, s) there is (r, order - s) for the same text.
+_P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 
 
 class InvalidToken(Exception):
@@ -56,7 +47,7 @@ class ExpiredToken(InvalidToken):
 class AccessClaims(msgspec.Struct, frozen=True):
     """What a valid access token says. Times in seconds since the epoch; `audience` may be empty."""
 
-    user_id: int
+    subject: Subject
     session_id: bytes
     token_id: str
     issuer: str
@@ -64,18 +55,9 @@ class AccessClaims(msgspec.Struct, frozen=True):
     issued_at: int
     expires_at: int
 
-
-class RefreshToken(msgspec.Struct, frozen=True):
-    """The fields of a refresh token, in wire order. Times in milliseconds of Redis's clock since the epoch."""
-
-    key_id: int
-    user_id: int
-    session_id: bytes
-    epoch: int
-    counter: int
-    created_ms: int
-    issued_ms: int
-    expires_ms: int
+    @property
+    def user_id(self) -> int:
+        return self.subject.user_id
 
 
 class SigningKey(msgspec.Struct, frozen=True):
@@ -96,10 +78,6 @@ class MacKey(msgspec.Struct, frozen=True):
     id: int
     secret: bytes
     active_at: float
-
-    def mac(self, prefix: str, fields: bytes) -> bytes:
-        """The HMAC of a token's fields; its prefix keeps one kind of token from passing for another."""
-        return hmac.digest(self.secret, prefix.encode() + fields, "sha256")
 
     def __repr__(self) -> str:
         return f"MacKey({self.id})"
@@ -148,7 +126,7 @@ class TokenMint:
         """The key that refresh tokens are made with now."""
         return self._ring.mac_key(self._clock()).id
 
-    def make_access(self, user_id: int, session_id: bytes, epoch: int, token_id: str) -> str:
+    def make_access(self, subject: Subject, session_id: bytes, epoch: int, token_id: str) -> str:
         """A signed access token. `token_id` becomes `jti`; `epoch` lets a service that never asks authd tell tokens of
         before an ending of all sessions from those of after it.
         """
@@ -156,7 +134,8 @@ class TokenMint:
         key = self._ring.signing_key(self._algorithm, now)
         claims: dict[str, Any] = {
             "iss": self._issuer,
-            "sub": str(user_id),
+            "sub": str(subject.user_id),
+            "inc": subject.incarnation,
             "sid": encode_base64url(session_id),
             "epoch": epoch,
             "jti": token_id,
@@ -168,7 +147,10 @@ class TokenMint:
         header = {"typ": _TYPES[key.algorithm], "alg": key.algorithm, "kid": key.kid}
         # Not by `jwt.encode`, which checks a header and claims that we wrote ourselves, at the cost of the signature.
         signed = ".".join(encode_base64url(msgspec.json.encode(part)) for part in (header, claims))
-        return f"{signed}.{encode_base64url(_SIGNERS[key.algorithm].sign(signed.encode(), key.key))}"
+        signature = _SIGNERS[key.algorithm].sign(signed.encode(), key.key)
+        if key.algorithm == "ES256":
+            signature = _lower_s(signature)
+        return f"{signed}.{encode_base64url(signature)}"
 
     def read_access(self, text: str) -> AccessClaims:
         """The claims of an access token of ours.
@@ -195,6 +177,11 @@ class TokenMint:
             raise InvalidToken from None
         if token.header.get("typ") != _TYPES[found[0].algorithm]:
             raise InvalidToken
+        if found[0].algorithm == "ES256":
+            signature = decode_base64url(text.rpartition(".")[2])
+            # The other signature of the same text would be a second text of one token.
+            if signature is None or signature != _lower_s(signature):
+                raise InvalidToken
         return self._claims(token.claims)
 
     def _claims(self, claims: dict[str, Any]) -> AccessClaims:
@@ -204,7 +191,13 @@ class TokenMint:
             raise InvalidToken
         if not isinstance(subject, str) or not _USER_ID.fullmatch(subject) or int(subject) > _USER_ID_MAX:
             raise InvalidToken
+        incarnation = claims.get("inc")
+        if not isinstance(incarnation, int) or isinstance(incarnation, bool) or not 0 < incarnation <= _INCARNATION_MAX:
+            raise InvalidToken
         if not isinstance(session, str) or not _is_time(issued) or not _is_time(expires):
+            raise InvalidToken
+        # Whoever holds the secret of HS256 could sign a token for ever.
+        if expires - issued > self.access_ttl_s or issued > self._clock() + CLOCKS_APART_S:
             raise InvalidToken
         session_id = decode_base64url(session)
         if session_id is None or len(session_id) != SESSION_ID_BYTES:
@@ -212,7 +205,7 @@ class TokenMint:
         if not expires > self._clock():
             raise ExpiredToken
         return AccessClaims(
-            user_id=int(subject),
+            subject=Subject(int(subject), incarnation),
             session_id=session_id,
             token_id=str(claims.get("jti", "")),
             issuer=self._issuer,
@@ -223,11 +216,10 @@ class TokenMint:
 
     def make_refresh(self, token: RefreshToken) -> str:
         """The text of a refresh token: the same bytes for the same fields."""
-        key = self._ring.find_mac_key(token.key_id)
-        if key is None:
+        secret = self._find_secret(token.key_id)
+        if secret is None:
             raise InvalidToken
-        fields = _REFRESH_FIELDS.pack(*msgspec.structs.astuple(token))
-        return _REFRESH_PREFIX + encode_base64url(fields + key.mac(_REFRESH_PREFIX, fields))
+        return make_refresh_token(token, secret)
 
     def read_refresh(self, text: str) -> RefreshToken:
         """The fields of a refresh token of ours.
@@ -235,19 +227,16 @@ class TokenMint:
         :raises ExpiredToken: when only its time is over.
         :raises InvalidToken: otherwise.
         """
-        if len(text) != _REFRESH_CHARS or not text.startswith(_REFRESH_PREFIX):
-            raise InvalidToken
-        raw = decode_base64url(text[len(_REFRESH_PREFIX) :])
-        if raw is None:
-            raise InvalidToken
-        fields, mac = raw[: _REFRESH_FIELDS.size], raw[_REFRESH_FIELDS.size :]
-        token = RefreshToken(*_REFRESH_FIELDS.unpack(fields))
-        key = self._ring.find_mac_key(token.key_id)
-        if key is None or not hmac.compare_digest(mac, key.mac(_REFRESH_PREFIX, fields)):
+        token = read_refresh_token(text, self._find_secret)
+        if token is None:
             raise InvalidToken
         if token.expires_ms <= self._clock() * 1000:
             raise ExpiredToken
         return token
+
+    def _find_secret(self, key_id: int) -> bytes | None:
+        key = self._ring.find_mac_key(key_id)
+        return None if key is None else key.secret
 
 
 class KeySeal:
@@ -292,19 +281,10 @@ def shared_signing_key(secret: Secret) -> SigningKey:
     return SigningKey(_SHARED_KID, "HS256", OctKey.import_key(secret.reveal().encode()), 0.0)
 
 
-def encode_base64url(raw: bytes) -> str:
-    return urlsafe_b64encode(raw).rstrip(b"=").decode("ascii")
-
-
-def decode_base64url(text: str) -> bytes | None:
-    """The bytes, or None where the text is not the one canonical encoding: two texts of one token would be two tokens
-    to every cache and log.
-    """
-    try:
-        raw = urlsafe_b64decode(text + "=" * (-len(text) % 4))
-    except ValueError:
-        return None
-    return raw if encode_base64url(raw) == text else None
+def _lower_s(signature: bytes) -> bytes:
+    """Of the two ES256 signatures of a text with the same r the one with the lower s."""
+    r, s = signature[:32], int.from_bytes(signature[32:])
+    return r + min(s, _P256_ORDER - s).to_bytes(32)
 
 
 def _is_time(value: object) -> TypeGuard[int | float]:

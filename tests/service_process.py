@@ -299,6 +299,11 @@ class ServiceProcess:
         finally:
             await connection.close(timeout=5)
 
+    async def sessions_key(self, user_id: int) -> str:
+        """The name that the sessions of the user who has the id now have in Redis."""
+        (row,) = await self.query("SELECT incarnation FROM users WHERE id = $1", user_id)
+        return f"authd:{self.settings['AUTHD_DEPLOYMENT']}:{{{user_id % 256}}}:user:{user_id}:{row['incarnation']}"
+
     async def wipe_redis(self) -> None:
         """Take from Redis all that it knows of this deployment, as a failover to an empty replica would."""
         async with Redis.from_url(self.settings["AUTHD_REDIS_URL"]) as redis:

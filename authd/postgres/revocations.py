@@ -8,6 +8,7 @@ import msgspec
 
 from authd.announcements import EventFactory, revocation_record
 from authd.config import BUCKETS
+from authd.mac_tokens import Subject
 from authd.postgres.database import Connection, Database
 from authd.postgres.outbox import add_events
 from authd.postgres.queries import load_queries
@@ -27,20 +28,27 @@ class Revoked(msgspec.Struct, frozen=True):
 
 
 class Revocation(msgspec.Struct, frozen=True, kw_only=True):
-    """A row: one session that ended, or the epoch below which all of the user's did."""
+    """A row: one session that ended, or the epoch below which all of the user's did. An incarnation of 0 is that of a
+    user who was gone when rows began to have one.
+    """
 
     number: int
     user_id: int
+    incarnation: int
     session_id: bytes | None
     epoch: int | None
     reason: str
     expires_at: datetime
 
+    @property
+    def subject(self) -> Subject:
+        return Subject(self.user_id, self.incarnation)
+
 
 class Ending(msgspec.Struct, frozen=True):
     """A session that ended."""
 
-    user_id: int
+    subject: Subject
     session_id: bytes
     reason: str
 
@@ -56,13 +64,14 @@ class RevocationWriter:
 
     async def end_sessions(self, connection: Connection, endings: Sequence[Ending]) -> Revoked:
         """At least one, of users of one bucket; the last row's place."""
-        bucket = endings[0].user_id % BUCKETS
-        told = [self._events.revoked(each.user_id, each.session_id, None, each.reason) for each in endings]
+        bucket = endings[0].subject.user_id % BUCKETS
+        told = [self._events.revoked(each.subject.user_id, each.session_id, None, each.reason) for each in endings]
         await add_events(connection, [event for events in told for event in events])
         rows = await connection.fetch(
             _QUERIES["add_session_revocations"],
             bucket,
-            [each.user_id for each in endings],
+            [each.subject.user_id for each in endings],
+            [each.subject.incarnation for each in endings],
             [each.session_id for each in endings],
             [each.reason for each in endings],
             self._keep,
@@ -77,14 +86,14 @@ class RevocationWriter:
         new = {each.session_id: each for each in endings if each.session_id not in logged}
         return await self.end_sessions(connection, list(new.values())) if new else None
 
-    async def end_all(self, connection: Connection, user_id: int, epoch: int, reason: str) -> Revoked:
-        await add_events(connection, self._events.sessions_ended(user_id, epoch, reason))
-        await add_events(connection, self._events.revoked(user_id, None, epoch, reason))
-        bucket = user_id % BUCKETS
+    async def end_all(self, connection: Connection, subject: Subject, epoch: int, reason: str) -> Revoked:
+        await add_events(connection, self._events.sessions_ended(subject.user_id, epoch, reason))
+        await add_events(connection, self._events.revoked(subject.user_id, None, epoch, reason))
+        bucket = subject.user_id % BUCKETS
         rows = await connection.fetch(
             _QUERIES["add_epoch_revocation"],
             bucket,
-            user_id,
+            *subject,
             epoch,
             reason,
             self._keep,
@@ -99,35 +108,39 @@ class Revocations:
         self._writer = writer
         self._events = events
 
-    async def end_sessions(self, user_id: int, session_ids: Sequence[bytes], reason: str) -> Revoked:
-        """Log the ending of at least one session of a user in one transaction; the last row's place."""
+    async def end_sessions(self, subject: Subject, session_ids: Sequence[bytes], reason: str) -> Revoked:
+        """Log the ending of at least one session of a user in one transaction, also where the user is gone; the last
+        row's place.
+        """
         async with self._database.transaction() as connection:
-            await connection.execute(_QUERIES["lock_user"], user_id)
+            await connection.execute(_QUERIES["lock_user"], subject.user_id)
             for session_id in session_ids:
-                await add_events(connection, self._events.session_ended(user_id, session_id, reason))
-            return await self._writer.end_sessions(connection, _endings(user_id, session_ids, reason))
+                await add_events(connection, self._events.session_ended(subject.user_id, session_id, reason))
+            return await self._writer.end_sessions(connection, _endings(subject, session_ids, reason))
 
-    async def record_sessions(self, user_id: int, session_ids: Sequence[bytes], reason: str) -> Revoked | None:
+    async def record_sessions(self, subject: Subject, session_ids: Sequence[bytes], reason: str) -> Revoked | None:
         """Log endings that Redis decided, where the log has them not yet: their events come from Redis. None where it
         has them all.
         """
         async with self._database.transaction() as connection:
-            await connection.execute(_QUERIES["lock_user"], user_id)
-            return await self._writer.end_new(connection, _endings(user_id, session_ids, reason))
+            await connection.execute(_QUERIES["lock_user"], subject.user_id)
+            return await self._writer.end_new(connection, _endings(subject, session_ids, reason))
 
     async def announce_over(self) -> int:
         """Promise the tombstones of announced rows that concern no access token any more: one user's a call, and how
         many rows that were.
         """
         async with self._database.transaction() as connection:
-            user = await connection.fetchrow(_QUERIES["lock_user_announced_over"])
-            if user is None:
+            user_id = await connection.fetchval(_QUERIES["find_user_announced_over"])
+            if user_id is None:
                 return 0
-            rows = await connection.fetch(_QUERIES["take_announced_over"], user["id"])
+            await connection.execute(_QUERIES["lock_user"], user_id)
+            # Where another replica was faster, there is nothing left to take.
+            rows = await connection.fetch(_QUERIES["take_announced_over"], user_id)
             # A newer ending of the same key is still announced: the tombstone would take away its record.
-            newer = await connection.fetch(_QUERIES["list_announced"], user["id"])
+            newer = await connection.fetch(_QUERIES["list_announced"], user_id)
             keys = {row["session_id"] for row in rows} - {row["session_id"] for row in newer}
-            await add_events(connection, [revocation_record(user["id"], key, None) for key in keys])
+            await add_events(connection, [revocation_record(user_id, key, None) for key in keys])
         return len(rows)
 
     async def heads(self) -> dict[int, int]:
@@ -149,8 +162,8 @@ class Revocations:
         return int(status.rpartition(" ")[2])
 
 
-def _endings(user_id: int, session_ids: Sequence[bytes], reason: str) -> list[Ending]:
-    return [Ending(user_id, session_id, reason) for session_id in session_ids]
+def _endings(subject: Subject, session_ids: Sequence[bytes], reason: str) -> list[Ending]:
+    return [Ending(subject, session_id, reason) for session_id in session_ids]
 
 
 def _place(bucket: int, rows: Sequence[asyncpg.Record]) -> Revoked:

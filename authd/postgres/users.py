@@ -6,6 +6,7 @@ from typing import Literal
 import msgspec
 
 from authd.announcements import EventFactory
+from authd.mac_tokens import Subject
 from authd.postgres.database import Database
 from authd.postgres.outbox import add_events
 from authd.postgres.queries import load_queries
@@ -15,11 +16,12 @@ _QUERIES = load_queries("users.sql")
 
 
 class User(msgspec.Struct, frozen=True, kw_only=True):
-    """A user's row. `password_version` is raised with each other password, `version` with each change. `revocation` is
-    the bucket's last revocation number, read in the same snapshot.
+    """A user's row. `password_version` is raised by each other password and by whatever else ends the use of device
+    tokens, `version` by each change. `revocation` is the bucket's last revocation number, read in the same snapshot.
     """
 
     id: int
+    incarnation: int
     username: str
     full_name: str
     password_hash: str
@@ -29,6 +31,15 @@ class User(msgspec.Struct, frozen=True, kw_only=True):
     disabled: bool
     created_at: datetime
     revocation: int
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(self.id, self.incarnation)
+
+    @property
+    def registered_ms(self) -> int:
+        """When it registered, in ms since the epoch, rounded down as Redis does it."""
+        return int(self.created_at.timestamp() * 1000)
 
     def __repr__(self) -> str:
         return f"User({self.id})"
@@ -63,13 +74,16 @@ class Users:
         row = await self._database.fetch_row(_QUERIES["find_user_by_username_key"], username_key)
         return User(**row) if row is not None else None
 
-    async def find(self, user_id: int) -> User | None:
-        row = await self._database.fetch_row(_QUERIES["find_user_by_id"], user_id)
+    async def find(self, user_id: int, incarnation: int | None) -> User | None:
+        """Return the user of this incarnation; with None whoever has the id now, who need not be whom a token of before
+        incarnations is about.
+        """
+        row = await self._database.fetch_row(_QUERIES["find_user"], user_id, incarnation)
         return User(**row) if row is not None else None
 
-    async def find_of_session(self, user_id: int, session_id: bytes) -> tuple[User | None, str | None]:
+    async def find_of_session(self, subject: Subject, session_id: bytes) -> tuple[User | None, str | None]:
         """The user, and the reason of the session's ending if the log has one."""
-        row = await self._database.fetch_row(_QUERIES["find_user_of_session"], user_id, session_id)
+        row = await self._database.fetch_row(_QUERIES["find_user_of_session"], *subject, session_id)
         if row is None:
             return None, None
         fields = dict(row)
@@ -80,11 +94,11 @@ class Users:
         """Renew the hash of the same password; False where another renewed or changed it meanwhile."""
         return await self._database.fetch_row(_QUERIES["set_password_hash"], user_id, old, new) is not None
 
-    async def end_all_sessions(self, user_id: int, reason: str) -> Revoked | None:
+    async def end_all_sessions(self, subject: Subject, reason: str) -> Revoked | None:
         """Raise the user's epoch and log it; None where the user is gone."""
         async with self._database.transaction() as connection:
-            row = await connection.fetchrow(_QUERIES["raise_epoch"], user_id)
-            return None if row is None else await self._writer.end_all(connection, user_id, row["epoch"], reason)
+            row = await connection.fetchrow(_QUERIES["raise_epoch"], *subject)
+            return None if row is None else await self._writer.end_all(connection, subject, row["epoch"], reason)
 
     async def set_disabled(self, username_key: str, *, disabled: bool) -> Revoked | None:
         """Disable or enable, and end all sessions; None where no such user, or nothing changed."""
@@ -95,4 +109,5 @@ class Users:
                 return None
             kind: Literal["user.disabled", "user.enabled"] = "user.disabled" if disabled else "user.enabled"
             await add_events(connection, self._events.user_changed(kind, row["id"]))
-            return await self._writer.end_all(connection, row["id"], row["epoch"], kind.replace(".", "_"))
+            subject = Subject(row["id"], row["incarnation"])
+            return await self._writer.end_all(connection, subject, row["epoch"], kind.replace(".", "_"))

@@ -1,6 +1,8 @@
 """The sessions in Redis: every method is one script, and what a script decides is final.
 
-All of a user's sessions are one hash in the user's bucket; `scripts/session_format.lua` has its layout.
+All of a user's sessions are one hash in the user's bucket; `scripts/session_format.lua` has its layout. Its name holds
+the user's incarnation, so that the sessions of an id that was given twice are out of each other's reach. Hashes of
+before had the id alone: the scripts that are asked with the user's row move them (`scripts/session_adopt.lua`).
 """
 
 from functools import lru_cache
@@ -10,10 +12,11 @@ from typing import Any, Literal
 import msgspec
 
 from authd.config import BUCKETS, Settings
+from authd.mac_tokens import Subject
 from authd.observe import metrics
 from authd.redis.client import RedisClient, bucket_of_user
 from authd.redis.events import event_stream
-from authd.tokens import RefreshToken
+from authd.refresh_tokens import PASSWORD_FACTOR, USER_KIND, RefreshToken
 
 USER_AGENT_BYTES_MAX = 64
 #: How long Redis itself remembers an ending that the log in Postgres has: longer than any request in flight.
@@ -24,7 +27,7 @@ BURIED_TTL_MS = 60_000
 #: Addresses whose other form is remembered: a client's requests come in numbers.
 ADDRESSES_MAX = 4096
 
-_HEADER_BYTES = 33
+_HEADER_BYTES = 44
 
 
 class Client(msgspec.Struct, frozen=True):
@@ -34,8 +37,16 @@ class Client(msgspec.Struct, frozen=True):
     user_agent: str
 
 
+class Owner(msgspec.Struct, frozen=True):
+    """Whose session is opened, as the user's row has it. `registered_ms`: when it was made, ms since the epoch."""
+
+    subject: Subject
+    epoch: int
+    registered_ms: int
+
+
 class LiveSession(msgspec.Struct, frozen=True, kw_only=True):
-    """A session as Redis keeps it. Times in ms of Redis's clock since the epoch."""
+    """A session as Redis keeps it. `*_ms`: ms of Redis's clock since the epoch; `authenticated_s`: s, of the login."""
 
     id: bytes
     key_id: int
@@ -44,6 +55,9 @@ class LiveSession(msgspec.Struct, frozen=True, kw_only=True):
     created_ms: int
     issued_ms: int
     expires_ms: int
+    authenticated_s: int
+    factors: int
+    kind: int
     packed_client: bytes
 
     @property
@@ -132,29 +146,24 @@ class SessionStore:
         await self._client.commands("GET", [self._client.key(bucket, "applied") for bucket in range(BUCKETS)])
 
     async def open(
-        self, user_id: int, epoch: int, session_id: bytes, key_id: int, client: Client, revocation: int
+        self, owner: Owner, session_id: bytes, key_id: int, client: Client, revocation: int
     ) -> Opened | Denied:
         """Open a session after a login. `revocation`: the highest number the caller knows of the bucket's log.
 
         Denied: `stale` (the epoch is over: read the user again), `refused` (policy), `ended`.
         """
-        return await self._admit(user_id, epoch, session_id, key_id, 1, 0, revocation, client)
+        return await self._admit(owner, session_id, key_id, 1, 0, revocation, client, (0, PASSWORD_FACTOR, USER_KIND))
 
-    async def rebuild(self, token: RefreshToken, key_id: int, client: Client, revocation: int) -> Opened | Denied:
+    async def rebuild(
+        self, owner: Owner, token: RefreshToken, key_id: int, client: Client, revocation: int
+    ) -> Opened | Denied:
         """Rebuild and rotate the session of a valid token that Redis lost and Postgres did not end.
 
         Denied: `present` (it is here: rotate it), `evicted` (older than a full set), `expired`, `stale`, `ended`.
         """
-        return await self._admit(
-            token.user_id,
-            token.epoch,
-            token.session_id,
-            key_id,
-            token.counter + 1,
-            token.created_ms,
-            revocation,
-            client,
-        )
+        login = (token.authenticated_s, token.factors, token.kind)
+        counter = token.counter + 1
+        return await self._admit(owner, token.session_id, key_id, counter, token.created_ms, revocation, client, login)
 
     async def rotate(self, token: RefreshToken, key_id: int, client: Client, revocation: int) -> Rotated | Denied:
         """Exchange a token for its successor.
@@ -165,7 +174,7 @@ class SessionStore:
         reply = await self._client.decide(
             self._rotate,
             bucket,
-            self._keys_with_stream(token.user_id),
+            [*self._keys(token.subject)[:2], event_stream(self._client, bucket)],
             revocation,
             token.session_id,
             token.epoch,
@@ -177,16 +186,16 @@ class SessionStore:
             self._session_ttl_ms,
             _pack_client(client),
             token.expires_ms,
-            token.user_id,
+            *token.subject,
         )
         status = _count(reply)
         if status in ("rotated", "repeated"):
             return Rotated(_unpack(token.session_id, reply[2]), status == "repeated")
         return _denied(status, reply)
 
-    async def inspect(self, user_id: int, session_id: bytes, revocation: int) -> Live | Denied:
+    async def inspect(self, subject: Subject, session_id: bytes, revocation: int) -> Live | Denied:
         """Whether an access token's session lives, and the cached user with it. Denied: `dead`."""
-        reply = await self._client.read(self._inspect, self._keys(user_id), revocation, session_id)
+        reply = await self._client.read(self._inspect, self._keys(subject), revocation, session_id)
         if reply[0] == b"live":
             _, _, user_json = reply[1].partition(b"|")
             return Live(user_json, session_id, reply[2])
@@ -194,9 +203,9 @@ class SessionStore:
             raise Behind(int(reply[1]))
         return Denied("dead")
 
-    async def list_live(self, user_id: int, revocation: int) -> list[LiveSession]:
+    async def list_live(self, subject: Subject, revocation: int) -> list[LiveSession]:
         """The user's live sessions, oldest first."""
-        reply = await self._client.read(self._list, self._keys(user_id)[:2], revocation)
+        reply = await self._client.read(self._list, self._keys(subject)[:2], revocation)
         if reply[0] == b"behind":
             raise Behind(int(reply[1]))
         sessions = [_unpack(bytes(id_), value) for id_, value in zip(reply[1::2], reply[2::2], strict=True)]
@@ -204,7 +213,7 @@ class SessionStore:
 
     async def apply(
         self,
-        user_id: int,
+        subject: Subject,
         after: int,
         number: int,
         *,
@@ -215,8 +224,8 @@ class SessionStore:
         """Apply the row `number` of the log if `after` is the last one applied; see `Applied`."""
         reply = await self._client.decide(
             self._apply,
-            bucket_of_user(user_id),
-            self._keys(user_id),
+            bucket_of_user(subject.user_id),
+            [*self._keys(subject), self._old_key(subject.user_id)],
             after,
             number,
             session_id or b"",
@@ -237,27 +246,29 @@ class SessionStore:
     async def bury(self, token: RefreshToken, reason: str) -> None:
         """Remember for BURIED_TTL_MS that the token's session is dead."""
         bucket = bucket_of_user(token.user_id)
-        keys = self._keys(token.user_id)[:1]
+        keys = self._keys(token.subject)[:1]
         await self._client.decide(self._bury, bucket, keys, token.session_id, reason, BURIED_TTL_MS)
 
     async def _admit(
         self,
-        user_id: int,
-        epoch: int,
+        owner: Owner,
         session_id: bytes,
         key_id: int,
         counter: int,
         created_ms: int,
         revocation: int,
         client: Client,
+        login: tuple[int, int, int],
     ) -> Opened | Denied:
+        subject, bucket = owner.subject, bucket_of_user(owner.subject.user_id)
+        keys = [*self._keys(subject)[:2], event_stream(self._client, bucket), self._old_key(subject.user_id)]
         reply = await self._client.decide(
             self._open,
-            bucket_of_user(user_id),
-            self._keys_with_stream(user_id),
+            bucket,
+            keys,
             revocation,
             session_id,
-            epoch,
+            owner.epoch,
             key_id,
             counter,
             created_ms,
@@ -266,8 +277,11 @@ class SessionStore:
             self._cap,
             self._refuse,
             _pack_client(client),
-            user_id,
+            subject.user_id,
             self._stream_max,
+            subject.incarnation,
+            owner.registered_ms,
+            *login,
         )
         status = _count(reply)
         if status == "opened":
@@ -276,12 +290,12 @@ class SessionStore:
             return Opened(_unpack(session_id, reply[2]), [bytes(evicted) for evicted in reply[4:]])
         return _denied(status, reply)
 
-    def _keys(self, user_id: int) -> list[str]:
-        key, bucket = self._client.key, bucket_of_user(user_id)
-        return [key(bucket, f"user:{user_id}"), key(bucket, "applied"), key(bucket, f"profile:{user_id}")]
+    def _keys(self, subject: Subject) -> list[str]:
+        key, bucket = self._client.key, bucket_of_user(subject.user_id)
+        return [key(bucket, f"user:{subject}"), key(bucket, "applied"), key(bucket, f"profile:{subject}")]
 
-    def _keys_with_stream(self, user_id: int) -> list[str]:
-        return [*self._keys(user_id)[:2], event_stream(self._client, bucket_of_user(user_id))]
+    def _old_key(self, user_id: int) -> str:
+        return self._client.key(bucket_of_user(user_id), f"user:{user_id}")
 
 
 def shorten_user_agent(text: str) -> str:
@@ -336,5 +350,8 @@ def _unpack(session_id: bytes, value: bytes) -> LiveSession:
         created_ms=number(15, 21),
         issued_ms=number(21, 27),
         expires_ms=number(27, 33),
+        authenticated_s=number(33, 37),
+        factors=value[37],
+        kind=value[38],
         packed_client=value[_HEADER_BYTES:],
     )

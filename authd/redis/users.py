@@ -1,6 +1,7 @@
 """The cached users: what /auth/me shows, with the version of the row it came from."""
 
 from authd.config import Settings
+from authd.mac_tokens import Subject
 from authd.redis.client import RedisClient, bucket_of_user
 
 
@@ -12,8 +13,7 @@ class UserCache:
         self._ttl_s = settings.user_cache_ttl_s
         self._store = client.script("user_cache")
 
-    async def store(self, user_id: int, version: int, user_json: bytes) -> None:
+    async def store(self, subject: Subject, version: int, user_json: bytes) -> None:
         """Cache the row, unless a newer one is known."""
-        bucket = bucket_of_user(user_id)
-        key = self._client.key(bucket, f"profile:{user_id}")
+        key = self._client.key(bucket_of_user(subject.user_id), f"profile:{subject}")
         await self._client.read(self._store, [key], version, user_json, self._ttl_s)

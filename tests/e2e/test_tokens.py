@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from service_process import Account, Api, ServiceProcess, Services, assert_problem, eventually
 
 JWT_SECRET = "the secret that every older service of this team holds"
-ADDED_CLAIMS = {"iss", "jti", "sid", "epoch"}
+ADDED_CLAIMS = {"iss", "jti", "sid", "epoch", "inc"}
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,6 @@ from fault.proxy import Direction, Proxy, proxied
 from redis.asyncio import Redis
 from service_process import Account, Api, ServiceProcess, eventually
 
-from authd.config import BUCKETS
-
 pytestmark = pytest.mark.timeout(120)
 
 #: More steps than any request takes: about 40.
@@ -36,7 +34,7 @@ TIMEOUTS = {"AUTHD_DATABASE_TIMEOUT_S": "0.3", "AUTHD_REDIS_TIMEOUT_S": "0.5"}
 
 PASSWORD = "correct horse battery"
 #: The first byte of a session's value: session_format.lua.
-LIVE = 1
+LIVE = 4
 
 Cut = Literal["hang-up", "network"]
 Send = Callable[[Api], Awaitable[httpx.Response]]
@@ -176,14 +174,16 @@ async def hashes(bench: Bench) -> int:
 
 async def live_sessions(bench: Bench, account: Account) -> int:
     """How many Redis has of the user, past authd."""
-    deployment, user_id = bench.process.settings["AUTHD_DEPLOYMENT"], account.user_id
-    values = await bench.raw.hgetall(f"authd:{deployment}:{{{user_id % BUCKETS}}}:user:{user_id}")
+    values = await bench.raw.hgetall(await sessions_key(bench, account))
     return sum(1 for name, value in values.items() if name != b"e" and value[0] == LIVE)
 
 
 async def forget_sessions(bench: Bench, account: Account) -> None:
-    deployment, user_id = bench.process.settings["AUTHD_DEPLOYMENT"], account.user_id
-    await bench.raw.delete(f"authd:{deployment}:{{{user_id % BUCKETS}}}:user:{user_id}")
+    await bench.raw.delete(await sessions_key(bench, account))
+
+
+async def sessions_key(bench: Bench, account: Account) -> str:
+    return await bench.process.sessions_key(account.user_id)
 
 
 async def new_account(bench: Bench) -> Account:

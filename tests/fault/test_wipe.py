@@ -283,4 +283,4 @@ async def test_a_redis_frozen_past_the_timeout_rotates_nothing_when_it_wakes(par
 async def forget(service: ServiceProcess, redis: RedisServer, user_id: int) -> None:
     """Redis loses one user's sessions."""
     async with Redis.from_url(redis.url) as client:
-        await client.delete(f"authd:{service.settings['AUTHD_DEPLOYMENT']}:{{{user_id % 256}}}:user:{user_id}")
+        await client.delete(await service.sessions_key(user_id))

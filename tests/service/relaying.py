@@ -14,13 +14,14 @@ from blockbuster import BlockBuster
 from authd.config import BUCKETS, Secret, Settings
 from authd.delivery import Publisher
 from authd.kafka.producer import Producer
+from authd.mac_tokens import Subject
 from authd.postgres.database import Database, open_database
 from authd.redis.client import RedisClient, open_redis
-from authd.redis.sessions import Client, LiveSession, Opened
+from authd.redis.sessions import Client, LiveSession, Opened, Owner
+from authd.refresh_tokens import SESSION_ID_BYTES, RefreshToken
 from authd.relay import EventRelay
 from authd.revocations import RevocationFeed
 from authd.stores import PostgresStores, RedisStores
-from authd.tokens import SESSION_ID_BYTES, RefreshToken
 
 PATIENCE_S = 60.0
 POLL_S = 0.02
@@ -71,10 +72,16 @@ class Node:
         )
         return user_id
 
+    async def subject(self, user_id: int) -> Subject:
+        """Who has the id now."""
+        (row,) = await self.database.fetch("SELECT incarnation FROM users WHERE id = $1", user_id)
+        return Subject(user_id, row["incarnation"])
+
     async def open(self, user_id: int, epoch: int = 1, *, offer: bool = True) -> LiveSession:
         """What a login does in Redis; what it evicts is left to the relay."""
         session_id = secrets.token_bytes(SESSION_ID_BYTES)
-        answer = await self.decided.sessions.open(user_id, epoch, session_id, KEY_ID, CLIENT, 0)
+        owner = Owner(await self.subject(user_id), epoch, 0)
+        answer = await self.decided.sessions.open(owner, session_id, KEY_ID, CLIENT, 0)
         assert isinstance(answer, Opened), answer
         if offer:
             self.relay.offer(user_id % BUCKETS)
@@ -83,7 +90,16 @@ class Node:
     async def reuse(self, user_id: int, session: LiveSession) -> None:
         """Rotate a session and present the old token again. Needs a grace of 0."""
         token = RefreshToken(
-            KEY_ID, user_id, session.id, 1, session.counter, session.created_ms, session.issued_ms, session.expires_ms
+            key_id=KEY_ID,
+            user_id=user_id,
+            incarnation=(await self.subject(user_id)).incarnation,
+            session_id=session.id,
+            epoch=1,
+            counter=session.counter,
+            created_ms=session.created_ms,
+            issued_ms=session.issued_ms,
+            expires_ms=session.expires_ms,
+            authenticated_s=session.authenticated_s,
         )
         await self.decided.sessions.rotate(token, KEY_ID, CLIENT, 0)
 
@@ -94,7 +110,11 @@ class Node:
         await until(is_reused)
 
     async def end(self, user_id: int, session: LiveSession) -> None:
-        await self.remembered.revocations.end_sessions(user_id, [session.id], "logout")
+        await self.remembered.revocations.end_sessions(await self.subject(user_id), [session.id], "logout")
+        self.offer_lane(user_id % BUCKETS)
+
+    async def end_all(self, user_id: int, reason: str = "logout") -> None:
+        assert await self.remembered.users.end_all_sessions(await self.subject(user_id), reason) is not None
         self.offer_lane(user_id % BUCKETS)
 
     async def rows(self, channel: str = "events", user_id: int | None = None) -> list[Any]:

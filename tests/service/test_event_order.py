@@ -10,7 +10,6 @@ from blockbuster import BlockBuster
 from service.relaying import header, make_settings, open_node, until
 from stores import read_topic
 
-from authd.config import BUCKETS
 from authd.embedded import KafkaBroker, RedisServer
 
 pytestmark = pytest.mark.timeout(120)
@@ -32,8 +31,7 @@ async def test_each_users_first_deliveries_are_in_commit_order_while_the_broker_
             nonlocal done
             for number in range(changes):
                 node = (one, other)[(user + number) % 2]
-                await node.remembered.users.end_all_sessions(user, str(number))
-                node.offer_lane(user % BUCKETS)
+                await node.end_all(user, str(number))
                 done += 1
 
         async with anyio.create_task_group() as group:

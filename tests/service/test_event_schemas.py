@@ -127,7 +127,7 @@ async def make_every_event(node: Node) -> tuple[int, set[str]]:
     name = (await node.database.fetch("SELECT username_key FROM users"))[0]["username_key"]
     for is_disabled in (True, False):
         await node.remembered.users.set_disabled(name, disabled=is_disabled)
-    await node.remembered.users.end_all_sessions(user, "logout")
+    await node.end_all(user)
     for account, user_id in ((name, user), ("nobody@example.org", 0)):
         attempt = await node.decided.throttle.reserve(CLIENT.address, account, user_id)
         assert isinstance(attempt, Reserved)

@@ -17,6 +17,7 @@ from service.world import JWT_SECRET, together, until
 from authd.config import Secret, Settings
 from authd.devices import DEVICE_TTL_S
 from authd.keys import EXPIRY_MARGIN, KeyKeeper, SealedByAnotherSecret
+from authd.mac_tokens import Subject
 from authd.postgres.database import Database, open_database
 from authd.postgres.keys import Keys
 from authd.tokens import InvalidToken, KeyRing, TokenMint, decode_base64url
@@ -97,7 +98,7 @@ async def test_replicas_that_start_together_on_an_empty_database_agree_on_one_ke
     assert len({(*published(ring), ring.mac_key(time.time()).id) for ring in rings}) == 1
     mints = [TokenMint(settings_for("-"), ring) for ring in rings]
     for mint in mints:
-        token = mint.make_access(7, SESSION, 1, "jti")
+        token = mint.make_access(Subject(7, 1), SESSION, 1, "jti")
         assert [other.read_access(token).user_id for other in mints] == [7] * len(mints)
 
 
@@ -124,12 +125,12 @@ async def test_with_a_shared_secret_no_signing_key_is_made(make_keeper: MakeKeep
 
 async def test_after_a_change_of_the_algorithm_older_tokens_are_still_good(make_keeper: MakeKeeper) -> None:
     old = TokenMint(settings_for("-"), await (await make_keeper()).load())
-    token = old.make_access(7, SESSION, 1, "jti")
+    token = old.make_access(Subject(7, 1), SESSION, 1, "jti")
     changed = await (await make_keeper(jwt_algorithm="Ed25519")).load()
     mint = TokenMint(settings_for("-", jwt_algorithm="Ed25519"), changed)
     assert len(published(changed)) == 2
     assert mint.read_access(token).user_id == 7
-    assert mint.read_access(mint.make_access(8, SESSION, 1, "jti")).user_id == 8
+    assert mint.read_access(mint.make_access(Subject(8, 1), SESSION, 1, "jti")).user_id == 8
 
 
 # Rotation by age
@@ -200,10 +201,11 @@ async def test_a_key_is_published_before_it_signs(keeper: KeyKeeper, make_keeper
     # Each replica proves what either key made, before and after.
     now = time.time()
     tokens = [
-        TokenMint(settings_for("-"), ring, clock=lambda s=s: now + s).make_access(7, SESSION, 1, "j")
+        TokenMint(settings_for("-"), ring, clock=lambda s=s: now + s).make_access(Subject(7, 1), SESSION, 1, "j")
         for s in (0, PUBLISH_S + 10)
     ]
-    mint = TokenMint(settings_for("-"), ring)
+    # By a replica whose clock is between theirs.
+    mint = TokenMint(settings_for("-"), ring, clock=lambda: now + PUBLISH_S)
     assert [mint.read_access(token).user_id for token in tokens] == [7, 7]
 
 
@@ -242,7 +244,7 @@ async def test_a_previous_key_stays_until_its_last_token_has_expired(
 async def test_a_deleted_keys_tokens_are_refused(keeper: KeyKeeper, database: Database) -> None:
     ring = await keeper.load()
     mint = TokenMint(settings_for("-"), ring)
-    token = mint.make_access(7, SESSION, 1, "jti")
+    token = mint.make_access(Subject(7, 1), SESSION, 1, "jti")
     await keeper.rotate()
     await let_pass(database, PUBLISH_S + ACCESS_TTL_S + MARGIN_S + 60)
     await keeper.refresh(ring)

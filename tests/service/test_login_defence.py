@@ -318,7 +318,7 @@ async def test_another_password_ends_its_use_and_a_renewed_hash_does_not(make: M
     defence = await make(account_max_failures=4, bcrypt_cost=COST + 1)
     user = await defence.new_user()
     token = (await defence.check(user.username)).device_token
-    renewed = await defence.users.find(user.id)
+    renewed = await defence.users.find(*user.subject)
     assert renewed is not None and renewed.password_hash != user.password_hash
     await defence.lock_account(user)
     assert await defence.outcome(user.username, PASSWORD, HOME, token) == "ok"

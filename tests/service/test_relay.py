@@ -87,7 +87,7 @@ async def test_an_ending_that_its_request_logged_is_not_logged_again_and_is_told
     user = await node.register()
     first = await node.open(user, offer=False)
     await node.open(user, offer=False)
-    await node.feed.record(user, [first.id], "evicted")
+    await node.feed.record(await node.subject(user), [first.id], "evicted")
     node.relay.offer(user % BUCKETS)
     await node.until_relayed()
     assert await node.ended(user) == [(first.id, "evicted")]
@@ -311,13 +311,13 @@ async def test_a_tombstone_follows_its_record_and_spares_a_newer_one(make_node: 
     user, other = await node.register(), await node.register()
     for somebody in (user, other):
         await node.end(somebody, await node.open(somebody))
-        await node.remembered.users.end_all_sessions(somebody, "logout")
+        await node.end_all(somebody)
     twice = await node.open(user, 2)
     await node.end(user, twice)
     assert await node.remembered.revocations.announce_over() == 0
     await node.database.fetch("UPDATE revocations SET announced_until = now() - interval '2 minutes'")
     # Newer endings under two of the keys.
-    await node.remembered.users.end_all_sessions(user, "logout")
+    await node.end_all(user)
     await node.end(user, twice)
     while await node.remembered.revocations.announce_over():
         pass

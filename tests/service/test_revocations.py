@@ -7,11 +7,12 @@ from functools import partial
 import anyio
 import pytest
 from prometheus_client import REGISTRY
-from service.world import CLIENT, LOGGED, MakeWorld, ScriptCall, World, together, until
+from service.world import CLIENT, LOGGED, MakeWorld, ScriptCall, World, owner, together, until
 
 from authd.config import BUCKETS
 from authd.embedded import PostgresServer
 from authd.errors import Unavailable
+from authd.mac_tokens import Subject
 from authd.postgres.revocations import CATCH_UP_ROWS
 from authd.postgres.users import User
 from authd.redis.sessions import Behind
@@ -30,11 +31,11 @@ async def test_every_script_answers_behind_to_who_knows_more(world: World) -> No
     token, store = world.token(lost), world.store
     before = await world.dump()
     asks: list[Callable[[int], Awaitable[object]]] = [
-        partial(store.open, user.id, user.epoch, secrets.token_bytes(SESSION_ID_BYTES), 1, CLIENT),
-        partial(store.rebuild, token, 1, CLIENT),
+        partial(store.open, owner(user), secrets.token_bytes(SESSION_ID_BYTES), 1, CLIENT),
+        partial(store.rebuild, owner(user), token, 1, CLIENT),
         partial(store.rotate, token, 1, CLIENT),
-        partial(store.inspect, user.id, token.session_id),
-        partial(store.list_live, user.id),
+        partial(store.inspect, user.subject, token.session_id),
+        partial(store.list_live, user.subject),
     ]
     for ask in asks:
         with pytest.raises(Behind) as caught:
@@ -48,7 +49,7 @@ async def test_every_script_answers_behind_to_who_knows_more(world: World) -> No
 async def test_a_failover_that_loses_a_logout_revives_nobody(world: World, scope: str, mark: str) -> None:
     """Scenario 3: also for a replica that was told nothing but the heads."""
     user = await world.register()
-    await world.sessions.end_logged(user.id, [secrets.token_bytes(SESSION_ID_BYTES)], "logout")
+    await world.sessions.end_logged(user.subject, [secrets.token_bytes(SESSION_ID_BYTES)], "logout")
     pair = await world.login(user)
     await world.bearer(pair.access_token)
     saved = await world.raw.hgetall(world.hash_key(user.id))
@@ -79,7 +80,7 @@ async def test_a_replica_learns_the_heads_by_itself(world: World, monkeypatch: p
     monkeypatch.setattr("authd.revocations.HEADS_INTERVAL_S", 0.01)
     user = await world.register()
     other = await world.replica()
-    row = await world.users.end_all_sessions(user.id, "logout")
+    row = await world.users.end_all_sessions(user.subject, "logout")
     assert row is not None
 
     async def is_known() -> bool:
@@ -90,9 +91,7 @@ async def test_a_replica_learns_the_heads_by_itself(world: World, monkeypatch: p
     assert later.feed.head(row.bucket) == row.number
     # Known, not applied: whoever asks next applies it.
     assert await world.applied(user.id) == 0
-    fresh = await world.users.find(user.id)
-    assert fresh is not None
-    await other.open(fresh)
+    await other.open(await world.find(user))
     assert await world.applied(user.id) == 1
 
 
@@ -120,8 +119,9 @@ async def test_numbers_have_no_gaps_whatever_is_rolled_back(world: World) -> Non
         async with world.database.transaction() as connection:
             await connection.execute(
                 "WITH head AS (UPDATE revocation_heads SET last_number = last_number + 1 WHERE bucket = $1"
-                " RETURNING last_number) INSERT INTO revocations (bucket, number, user_id, epoch, reason, expires_at)"
-                " SELECT $1, last_number, 1, 1, 'logout', now() FROM head",
+                " RETURNING last_number) INSERT INTO revocations"
+                " (bucket, number, user_id, incarnation, epoch, reason, expires_at)"
+                " SELECT $1, last_number, 1, 1, 1, 'logout', now() FROM head",
                 bucket,
             )
             if dice.random() < 0.3:
@@ -130,7 +130,7 @@ async def test_numbers_have_no_gaps_whatever_is_rolled_back(world: World) -> Non
     async def end_logged() -> None:
         bucket = dice.choice([1, 2])
         ids = [secrets.token_bytes(SESSION_ID_BYTES) for _ in range(dice.choice([1, 3]))]
-        await world.revocations.end_sessions(bucket, ids, "logout")
+        await world.revocations.end_sessions(Subject(bucket, 1), ids, "logout")
 
     await together(*[dice.choice([end, end_logged]) for _ in range(100)])
     heads = await world.revocations.heads()
@@ -143,7 +143,7 @@ async def test_rows_that_expired_are_passed_over(world: World) -> None:
     user = await world.register()
     pair, dead = await world.login(user), await world.login(user)
     for _ in range(3):
-        await world.sessions.end_logged(user.id, [secrets.token_bytes(SESSION_ID_BYTES)], "logout")
+        await world.sessions.end_logged(user.subject, [secrets.token_bytes(SESSION_ID_BYTES)], "logout")
     await world.database.fetch("UPDATE revocations SET expires_at = now() - interval '1 second'")
     assert await world.revocations.delete_expired() == 3
     assert await world.revocations.delete_expired() == 0
@@ -151,8 +151,8 @@ async def test_rows_that_expired_are_passed_over(world: World) -> None:
     assert await world.outcome(pair.refresh_token) == "ok"
     assert await world.applied(user.id) == 3
     # Rows after, between and before expired ones.
-    await world.sessions.end_logged(user.id, [world.token(dead).session_id], "logout")
-    await world.sessions.end_logged(user.id, [secrets.token_bytes(SESSION_ID_BYTES)], "logout")
+    await world.sessions.end_logged(user.subject, [world.token(dead).session_id], "logout")
+    await world.sessions.end_logged(user.subject, [secrets.token_bytes(SESSION_ID_BYTES)], "logout")
     await world.database.fetch("DELETE FROM revocations WHERE number = 5")
     await world.wipe()
     assert await world.outcome(dead.refresh_token) == "session_ended"
@@ -170,13 +170,14 @@ async def test_two_replicas_apply_a_large_log_once_and_in_order(world: World, sc
     other = await world.replica()
     async with world.database.transaction() as connection:
         await connection.execute(
-            "INSERT INTO revocations (bucket, number, user_id, session_id, reason, expires_at)"
-            " SELECT $1, n, $2, CASE n WHEN 7 THEN $3 ELSE substring(sha256(n::text::bytea), 1, 16) END, 'logout',"
+            "INSERT INTO revocations (bucket, number, user_id, incarnation, session_id, reason, expires_at)"
+            " SELECT $1, n, $2, $5, CASE n WHEN 7 THEN $3 ELSE substring(sha256(n::text::bytea), 1, 16) END, 'logout',"
             " now() + interval '1 day' FROM generate_series(1, $4::integer) n",
             bucket,
             user.id,
             world.token(dead).session_id,
             count,
+            user.incarnation,
         )
         await connection.execute("UPDATE revocation_heads SET last_number = $2 WHERE bucket = $1", bucket, count)
     await world.wipe()
@@ -211,7 +212,7 @@ async def test_a_log_that_lost_rows_is_not_asked_for_them_without_end(world: Wor
 async def test_a_client_that_hangs_up_after_the_commit_stops_nothing(world: World) -> None:
     user = await world.register()
     pair = await world.login(user)
-    row = await world.users.end_all_sessions(user.id, "logout")
+    row = await world.users.end_all_sessions(user.subject, "logout")
     assert row is not None
     with anyio.CancelScope() as request:
         request.cancel()
@@ -251,7 +252,7 @@ async def test_an_ending_that_redis_decided_is_logged_although_nobody_waits(
     ids = [secrets.token_bytes(SESSION_ID_BYTES) for _ in range(20)]
     await postgres_server.pause()
     with anyio.move_on_after(0.3) as request:
-        await world.feed.record(user.id, ids, "evicted")
+        await world.feed.record(user.subject, ids, "evicted")
     assert request.cancelled_caught
     await postgres_server.resume()
     rows = await world.until_rows(user.id, len(ids))

@@ -14,9 +14,10 @@ from service.world import CLIENT, MakeWorld, ScriptCall, World
 
 from authd.config import BUCKETS
 from authd.errors import InvalidCredentials
+from authd.mac_tokens import Subject
 from authd.postgres.queries import load_queries
 from authd.redis.client import load_script
-from authd.tokens import SESSION_ID_BYTES
+from authd.refresh_tokens import SESSION_ID_BYTES
 
 AUTHD = Path(str(files("authd")))
 SCRIPTS = {path.stem: path.read_text() for path in (AUTHD / "redis" / "scripts").glob("*.lua")}
@@ -158,7 +159,7 @@ async def use_every_script(world: World) -> None:
     await world.end_all(user)
     await world.store.skip((user.id + 1) % BUCKETS, 0, 3)
     await world.store.apply(
-        user.id + 2, 0, 1, session_id=secrets.token_bytes(SESSION_ID_BYTES), epoch=None, reason="logout"
+        Subject(user.id + 2, 1), 0, 1, session_id=secrets.token_bytes(SESSION_ID_BYTES), epoch=None, reason="logout"
     )
     await world.login(user)
     with pytest.raises(InvalidCredentials):

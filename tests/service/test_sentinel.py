@@ -32,13 +32,15 @@ from authd.embedded import RedisServer
 from authd.embedded.processes import free_port
 from authd.embedded.redis import _find_program
 from authd.errors import Unavailable
+from authd.mac_tokens import Subject
 from authd.redis.client import RedisClient, open_redis
-from authd.redis.sessions import Live, Opened, SessionStore
+from authd.redis.sessions import Live, Opened, Owner, SessionStore
 
 SERVICE = "authd-redis"
 SENTINELS, QUORUM = 3, 2
 DOWN_AFTER_MS, FAILOVER_TIMEOUT_MS = 500, 3000
 USER, EPOCH, KEY = 7, 1, 1
+SUBJECT = Subject(USER, 5)
 #: As long as authd waits for Redis by default.
 TIMEOUT_S = 1.0
 
@@ -144,11 +146,11 @@ class Replica:
 
     async def open(self) -> bytes:
         session_id = secrets.token_bytes(16)
-        assert isinstance(await self.store.open(USER, EPOCH, session_id, KEY, CLIENT, 0), Opened)
+        assert isinstance(await self.store.open(Owner(SUBJECT, EPOCH, 0), session_id, KEY, CLIENT, 0), Opened)
         return session_id
 
     async def is_live(self, session_id: bytes) -> bool:
-        return isinstance(await self.store.inspect(USER, session_id, 0), Live)
+        return isinstance(await self.store.inspect(SUBJECT, session_id, 0), Live)
 
     async def can_open(self) -> bool:
         try:
@@ -180,7 +182,7 @@ async def test_scripts_run_on_the_master_that_sentinel_names(
 ) -> None:
     replica = await connect(stack, watched.url, no_blocking)
     assert await replica.is_live(await replica.open())
-    assert await ask(watched.master, "EXISTS", replica.redis.key(USER, f"user:{USER}")) == 1
+    assert await ask(watched.master, "EXISTS", replica.redis.key(USER, f"user:{SUBJECT}")) == 1
     await replica.redis.ping()
 
 

@@ -168,7 +168,7 @@ class Histories(RuleBasedStateMachine):
     def the_living_are_those_of_the_model(self) -> None:
         if not hasattr(self, "user"):
             return
-        live = self.do(self.world.store.list_live, self.user.id, 0)
+        live = self.do(self.world.store.list_live, self.user.subject, 0)
         present = self.present()
         assert [(s.id, s.counter, s.issued_ms) for s in live] == [(d.id, d.counter, d.issued_ms) for d in present]
         assert len(live) <= CAP

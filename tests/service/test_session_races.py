@@ -48,7 +48,7 @@ async def test_two_hundred_refreshes_of_one_token_make_one_chain(world: World) -
     assert len({reply.refresh_token for reply in replies}) == 1
     assert world.token(replies[0]).counter == world.token(pair).counter + 1
     session_id = world.token(pair).session_id
-    (session,) = await world.store.list_live(user.id, 0)
+    (session,) = await world.store.list_live(user.subject, 0)
     assert (session.id, session.counter) == (session_id, world.token(replies[0]).counter)
     assert {await world.bearer(reply.access_token) for reply in (pair, *replies[:5])} == {"ok"}
     assert await world.outcome(replies[0].refresh_token) == "ok"
@@ -191,8 +191,7 @@ async def test_a_logout_that_races_a_refresh_leaves_no_live_token(world: World) 
     aim = Aim()
 
     async def play(user: User, dice: random.Random) -> None:
-        found = await world.users.find(user.id)
-        assert found is not None
+        found = await world.find(user)
         pair = await world.open(found)
         scope = dice.choice(["all", "current"])
         logout = partial(world.sessions.logout, pair.access_token, scope)
@@ -220,16 +219,14 @@ async def test_a_logout_that_races_a_login_ends_it_or_was_before_it(world: World
     aim = Aim()
 
     async def play(user: User, dice: random.Random) -> None:
-        found = await world.users.find(user.id)
-        assert found is not None
+        found = await world.find(user)
         pair = await world.open(found)
         logout = partial(world.sessions.logout, pair.access_token, "all")
         login = partial(world.login, user)
         ended, opened = await together(partial(aim.delayed, dice, logout), login)
         assert ended is None
         assert isinstance(opened, TokenPair)
-        now = await world.users.find(user.id)
-        assert now is not None
+        now = await world.find(user)
         is_live = world.token(opened).epoch == now.epoch
         aim.learn(was_late=not is_live)
         assert await world.outcome(opened.refresh_token) == ("ok" if is_live else "session_ended")
@@ -265,7 +262,11 @@ async def test_a_login_that_verifies_while_all_sessions_end_opens_none_with_the_
         await until(is_hashing)
         if password_changes:
             changed = hash_password("another one", 4)
-            await world.database.fetch("UPDATE users SET password_hash = $2 WHERE id = $1", user.id, changed)
+            await world.database.fetch(
+                "UPDATE users SET password_hash = $2, password_version = password_version + 1 WHERE id = $1",
+                user.id,
+                changed,
+            )
         await world.sessions.logout(pair.access_token, "all")
         assert replies == []
     if password_changes:
@@ -283,15 +284,14 @@ async def test_a_rebuild_that_races_a_logout_leaves_no_live_token(world: World) 
     aim = Aim()
 
     async def play(user: User, dice: random.Random) -> None:
-        found = await world.users.find(user.id)
-        assert found is not None
+        found = await world.find(user)
         lost, kept = await world.open(found), await world.open(found)
         await world.raw.hdel(world.hash_key(user.id), world.token(lost).session_id)
         rebuild = partial(dice.choice([world, other]).refresh, lost.refresh_token)
         if dice.random() < 0.5:
             logout = partial(world.sessions.logout, kept.access_token, "all")
         else:
-            logout = partial(world.sessions.end_logged, user.id, [world.token(lost).session_id], "logout")
+            logout = partial(world.sessions.end_logged, user.subject, [world.token(lost).session_id], "logout")
         ended, rebuilt = await together(logout, partial(aim.delayed, dice, rebuild))
         assert ended is None
         pairs = [lost]
@@ -317,8 +317,7 @@ async def test_while_a_slot_moves_nobody_gets_a_wrong_answer(make_world: MakeWor
     assert isinstance(world.raw, RedisCluster)
     user = await world.register()
     await world.end_all(user)  # so that the bucket's mark is a key that moves, too
-    found = await world.users.find(user.id)
-    assert found is not None
+    found = await world.find(user)
     pairs = [await world.open(found) for _ in range(8)]
     revoked = await world.open(found)
     await world.sessions.logout(revoked.access_token, "current")

@@ -24,20 +24,22 @@ from authd.embedded import PostgresServer
 from authd.errors import RefreshRefused, Refusal, Unavailable, UserDisabled
 from authd.hasher import Hasher
 from authd.login import PasswordCheck
+from authd.mac_tokens import Subject
 from authd.passwords import hash_password
 from authd.postgres.database import Database, open_database
 from authd.postgres.migrate import migrate
 from authd.postgres.revocations import Revocations
 from authd.postgres.users import User, Users
 from authd.redis.client import RedisClient, open_redis
-from authd.redis.sessions import Client, SessionStore
+from authd.redis.sessions import Client, Owner, SessionStore
 from authd.redis.throttle import Throttle
 from authd.redis.users import UserCache
+from authd.refresh_tokens import RefreshToken
 from authd.relay import EventRelay
 from authd.revocations import RevocationFeed
 from authd.sessions import Sessions, TokenPair
 from authd.stores import PostgresStores, RedisStores
-from authd.tokens import KeyRing, MacKey, RefreshToken, TokenMint, shared_signing_key
+from authd.tokens import KeyRing, MacKey, TokenMint, shared_signing_key
 
 PASSWORD = "correct horse"
 COST = 4
@@ -46,8 +48,8 @@ CLIENT = Client("192.0.2.1", "a browser")
 PATIENCE_S = 30.0
 GRACE_S = 10
 JWT_SECRET = Secret("j" * 32)
-LIVE, UNLOGGED, LOGGED = 1, 2, 3
-#: The offsets of session_format.lua's live value.
+UNLOGGED, LOGGED, LIVE = 2, 3, 4
+#: The offsets of session_format.lua's live value, old and new.
 COUNTER, CREATED, ISSUED, EXPIRES = slice(9, 15), slice(15, 21), slice(21, 27), slice(27, 33)
 
 
@@ -139,7 +141,7 @@ class Replica:
 
     async def end_all(self, user: User, reason: str = "logout") -> None:
         """What every ending of all sessions does, with no session needed to ask for it."""
-        row = await self.users.end_all_sessions(user.id, reason)
+        row = await self.users.end_all_sessions(user.subject, reason)
         assert row is not None
         await self.feed.applied(row.bucket, row.number)
 
@@ -160,6 +162,11 @@ class World(Replica):
     stack: AsyncExitStack
     guard: BlockBuster
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        #: Who registered last with an id.
+        self._subjects: dict[int, Subject] = {}
+
     async def replica(self, *, clock: Callable[[], float] = time.time, **changes: Any) -> Replica:
         """Another process of the deployment, or one with other settings."""
         settings = msgspec.structs.replace(self.settings, **changes)
@@ -169,7 +176,14 @@ class World(Replica):
         key = name or f"{secrets.token_hex(8)}@example.org"
         user = await self.users.insert(key, key, "Some Body", PASSWORD_HASH)
         assert user is not None
-        found = await self.users.find(user.id)
+        found = await self.users.find(user.id, None)
+        assert found is not None
+        self._subjects[found.id] = found.subject
+        return found
+
+    async def find(self, user: User) -> User:
+        """The user as its row is now."""
+        found = await self.users.find(*user.subject)
         assert found is not None
         return found
 
@@ -189,7 +203,7 @@ class World(Replica):
         await self.until_ms(self.token(pair).issued_ms + self.settings.refresh_grace_s * 1000)
 
     def hash_key(self, user_id: int) -> str:
-        return self.redis.key(user_id % BUCKETS, f"user:{user_id}")
+        return self.redis.key(user_id % BUCKETS, f"user:{self._subjects[user_id]}")
 
     def applied_key(self, user_id: int) -> str:
         return self.redis.key(user_id % BUCKETS, "applied")
@@ -248,6 +262,10 @@ class World(Replica):
                     value = await self.raw.get(key)
             found[key] = (value, await self.raw.pexpiretime(key))
         return found
+
+
+def owner(user: User) -> Owner:
+    return Owner(user.subject, user.epoch, user.registered_ms)
 
 
 MakeWorld = Callable[..., Awaitable[World]]

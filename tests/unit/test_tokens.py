@@ -15,14 +15,16 @@ from joserfc import jwt as jose_jwt
 from joserfc.jwk import ECKey
 
 from authd.config import Secret, Settings
+from authd.mac_tokens import Subject
+from authd.refresh_tokens import RefreshToken
 from authd.tokens import (
     ACCESS_TOKEN_CHARS_MAX,
+    CLOCKS_APART_S,
     ExpiredToken,
     InvalidToken,
     KeyRing,
     KeySeal,
     MacKey,
-    RefreshToken,
     SigningKey,
     TokenMint,
     decode_base64url,
@@ -41,7 +43,29 @@ KEYS = {
     for kid, algorithm in (("es-1", "ES256"), ("es-2", "ES256"), ("ed-1", "Ed25519"))
 }
 MAC_1, MAC_2 = MacKey(1, b"1" * 32, 0), MacKey(2, b"2" * 32, NOW + 100)
-TOKEN = RefreshToken(1, 42, SESSION, 3, 7, (NOW - 10) * 1000, NOW * 1000, (NOW + 60) * 1000)
+ADA = Subject(42, 0xFEDCBA98)
+TOKEN = RefreshToken(
+    key_id=1,
+    user_id=42,
+    incarnation=0xFEDCBA98,
+    session_id=SESSION,
+    epoch=3,
+    counter=7,
+    created_ms=(NOW - 10) * 1000,
+    issued_ms=NOW * 1000,
+    expires_ms=(NOW + 60) * 1000,
+    authenticated_s=NOW - 11,
+)
+#: What version 1 made of these fields, less those that it had not.
+TEXT_V1 = (
+    "v1.AAAAAQAAAAAAAAAqAAECAwQFBgcICQoLDA0ODwAAAAMAAAAAAAAABwAAAaMYXCjwAAABoxhcUAAAAAGjGF06YHY5OryZGSJRu"
+    "0X8oKsupSF_lBKeBTN_R_RkIYXdgwXJ"
+)
+GOLDEN_V2 = (
+    "v2.AAAAAQAAAAAAAAAq_ty6mAABAgMEBQYHCAkKCwwNDg8AAAADAAAAAAAAAAcAAAGjGFwo8AAAAaMYXFAAAAABoxhdOmBrSdH1AQEAA"
+    "EWVA4brf1a20rT3NILBH05IAQy-W3ROTpsf4-XuoCmM"
+)
+P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 
 
@@ -84,6 +108,7 @@ def forge(mint: TokenMint, kid: str = "es-1", header: dict | None = None, **clai
     good = {
         "iss": "https://auth.test",
         "sub": "42",
+        "inc": ADA.incarnation,
         "sid": encode_base64url(SESSION),
         "jti": "j",
         "iat": NOW,
@@ -93,7 +118,17 @@ def forge(mint: TokenMint, kid: str = "es-1", header: dict | None = None, **clai
     assert key is not None
     full = {"typ": "at+jwt", "alg": key.algorithm, "kid": kid} | (header or {})
     body = {name: value for name, value in (good | claims).items() if value is not None}
-    return jose_jwt.encode(full, body, key.key, algorithms=[key.algorithm])
+    return lower_s(jose_jwt.encode(full, body, key.key, algorithms=[key.algorithm]))
+
+
+def lower_s(token: str) -> str:
+    """The token with the signature that we make; others sign with any of two."""
+    if "ES256" not in json.loads(split(token)[0]).values():
+        return token
+    signed, _, signature = token.rpartition(".")
+    raw = decode_base64url(signature)
+    s = int.from_bytes(raw[32:])
+    return f"{signed}.{encode_base64url(raw[:32] + min(s, P256_ORDER - s).to_bytes(32))}"
 
 
 # Access tokens
@@ -102,18 +137,20 @@ def forge(mint: TokenMint, kid: str = "es-1", header: dict | None = None, **clai
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_an_access_token_comes_back(make_settings, algorithm: str) -> None:
     mint = make_mint(make_settings, algorithm)
-    claims = mint.read_access(mint.make_access(2**53 + 1, SESSION, 1, "an-id"))
+    claims = mint.read_access(mint.make_access(Subject(2**53 + 1, 2**32 - 1), SESSION, 1, "an-id"))
+    assert claims.subject == Subject(2**53 + 1, 2**32 - 1)
     assert (claims.user_id, claims.session_id, claims.expires_at) == (2**53 + 1, SESSION, NOW + mint.access_ttl_s)
 
 
 @pytest.mark.parametrize(("algorithm", "kind"), [("ES256", "at+jwt"), ("Ed25519", "at+jwt"), ("HS256", "JWT")])
 def test_what_an_access_token_says(make_settings, algorithm: str, kind: str) -> None:
-    header, payload, _ = split(make_mint(make_settings, algorithm).make_access(42, SESSION, 1, "an-id"))
+    header, payload, _ = split(make_mint(make_settings, algorithm).make_access(ADA, SESSION, 1, "an-id"))
     assert json.loads(header)["typ"] == kind
     assert json.loads(header)["alg"] == algorithm
     assert json.loads(payload) == {
         "iss": "https://auth.test",
         "sub": "42",
+        "inc": ADA.incarnation,
         "sid": encode_base64url(SESSION),
         "epoch": 1,
         "jti": "an-id",
@@ -124,7 +161,7 @@ def test_what_an_access_token_says(make_settings, algorithm: str, kind: str) -> 
 
 def test_an_audience_appears_only_when_one_is_set(make_settings) -> None:
     mint = make_mint(make_settings, audience="https://api.test")
-    token = mint.make_access(42, SESSION, 1, "j")
+    token = mint.make_access(ADA, SESSION, 1, "j")
     assert json.loads(split(token)[1])["aud"] == "https://api.test"
     mint.read_access(token)
     for audience in (None, "https://other.test", ["https://api.test"]):
@@ -134,7 +171,7 @@ def test_an_audience_appears_only_when_one_is_set(make_settings) -> None:
 
 def test_the_old_services_decode_hs256_tokens_as_ever(make_settings) -> None:
     settings = make_settings(jwt_algorithm="HS256", jwt_secret=SHARED)
-    token = TokenMint(settings, make_ring()).make_access(42, SESSION, 1, "j")
+    token = TokenMint(settings, make_ring()).make_access(ADA, SESSION, 1, "j")
     assert int(python_jose.decode(token, SHARED, algorithms=["HS256"])["sub"]) == 42
     assert int(pyjwt.decode(token, SHARED, algorithms=["HS256"])["sub"]) == 42
 
@@ -142,7 +179,7 @@ def test_the_old_services_decode_hs256_tokens_as_ever(make_settings) -> None:
 @pytest.mark.parametrize(("algorithm", "name"), [("ES256", "ES256"), ("Ed25519", "EdDSA")])
 def test_a_verifier_needs_only_the_published_key(make_settings, algorithm: str, name: str) -> None:
     ring = make_ring()
-    token = TokenMint(make_settings(jwt_algorithm=algorithm), ring).make_access(42, SESSION, 1, "j")
+    token = TokenMint(make_settings(jwt_algorithm=algorithm), ring).make_access(ADA, SESSION, 1, "j")
     kid = pyjwt.get_unverified_header(token)["kid"]
     [published] = [key for key in ring.jwks()["keys"] if key["kid"] == kid]
     # PyJWT knows Ed25519 by its older name, which the header does not use.
@@ -157,7 +194,7 @@ def test_a_verifier_needs_only_the_published_key(make_settings, algorithm: str, 
 def test_an_access_token_ends_with_its_last_second(make_settings) -> None:
     clock = Clock()
     mint = TokenMint(make_settings(access_ttl_s=60), make_ring(), clock)
-    token = mint.make_access(42, SESSION, 1, "j")
+    token = mint.make_access(ADA, SESSION, 1, "j")
     clock.now = NOW + 59.9
     mint.read_access(token)
     clock.now = NOW + 60
@@ -168,7 +205,7 @@ def test_an_access_token_ends_with_its_last_second(make_settings) -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_any_changed_character_of_an_access_token_is_noticed(make_settings, algorithm: str) -> None:
     mint = make_mint(make_settings, algorithm)
-    token = mint.make_access(42, SESSION, 1, "j")
+    token = mint.make_access(ADA, SESSION, 1, "j")
     for index, character in enumerate(token):
         # The highest of six bits: the last character of a part may carry fewer than six.
         other = "." if character != "." else "A"
@@ -181,7 +218,7 @@ def test_any_changed_character_of_an_access_token_is_noticed(make_settings, algo
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_cut_or_lengthened_access_token_is_invalid(make_settings, algorithm: str) -> None:
     mint = make_mint(make_settings, algorithm)
-    token = mint.make_access(42, SESSION, 1, "j")
+    token = mint.make_access(ADA, SESSION, 1, "j")
     head, _, signature = token.rpartition(".")
     for text in (
         token[:-1],
@@ -239,6 +276,9 @@ def test_a_token_of_any_length_is_refused_at_once(mint: TokenMint) -> None:
         {"sid": encode_base64url(SESSION) + "="},
         {"sid": encode_base64url(SESSION)[:-1] + "x"},
         {"exp": None}, {"exp": str(NOW + 9)}, {"exp": True}, {"exp": NOW}, {"exp": -1}, {"exp": [NOW + 9]},
+        {"iat": None}, {"iat": str(NOW)}, {"iat": NOW + 9 - 1801}, {"exp": NOW + 1801}, {"exp": 2**52},
+        {"iat": NOW + CLOCKS_APART_S + 1, "exp": NOW + CLOCKS_APART_S + 9},
+        {"inc": None}, {"inc": 0}, {"inc": -1}, {"inc": 2**32}, {"inc": "7"}, {"inc": 7.0}, {"inc": True}, {"inc": [7]},
     ],
     ids=repr,
 )  # fmt: skip
@@ -252,6 +292,25 @@ def test_user_ids_beyond_the_precision_of_a_double_stay_whole(mint: TokenMint, s
     assert mint.read_access(forge(mint, sub=subject)).user_id == int(subject)
 
 
+def test_of_the_two_es256_signatures_of_a_text_one_counts(make_settings) -> None:
+    """(r, s) and (r, order - s) both verify: a second text of one token would pass a deny list of texts."""
+    mint = make_mint(make_settings)
+    for number in range(20):
+        token = mint.make_access(ADA, SESSION, 1, str(number))
+        signed, _, signature = token.rpartition(".")
+        raw = decode_base64url(signature)
+        s = int.from_bytes(raw[32:])
+        assert s <= P256_ORDER // 2
+        other = f"{signed}.{encode_base64url(raw[:32] + (P256_ORDER - s).to_bytes(32))}"
+        # It is a signature to whoever knows the public key.
+        public = pyjwt.PyJWK(mint._ring.jwks()["keys"][0])
+        options = {"verify_exp": False, "verify_iat": False}
+        assert pyjwt.decode(other, public, algorithms=["ES256"], options=options)["sub"] == "42"
+        with pytest.raises(InvalidToken):
+            mint.read_access(other)
+        assert mint.read_access(token).subject == ADA
+
+
 # Algorithm and key confusion
 
 
@@ -259,7 +318,14 @@ def unsigned(header: dict[str, object], claims: dict[str, object]) -> str:
     return ".".join([*(encode_base64url(json.dumps(part).encode()) for part in (header, claims)), ""])
 
 
-CLAIMS = {"iss": "https://auth.test", "sub": "42", "sid": encode_base64url(SESSION), "iat": NOW, "exp": NOW + 9}
+CLAIMS = {
+    "iss": "https://auth.test",
+    "sub": "42",
+    "inc": ADA.incarnation,
+    "sid": encode_base64url(SESSION),
+    "iat": NOW,
+    "exp": NOW + 9,
+}
 
 
 @pytest.mark.parametrize("algorithm", ["none", "None", "NONE", "", None, "HS256", "ES256"])
@@ -339,7 +405,7 @@ def _with_header(mint: TokenMint, changes: dict[str, object]) -> str:
     signed = ".".join(encode_base64url(json.dumps(part).encode()) for part in (header, CLAIMS))
     algorithm = pyjwt.get_algorithm_by_name("ES256")
     signature = algorithm.sign(signed.encode(), algorithm.from_jwk(key.key.as_dict(private=True)))
-    return f"{signed}.{encode_base64url(signature)}"
+    return lower_s(f"{signed}.{encode_base64url(signature)}")
 
 
 def test_the_forger_of_these_tests_makes_valid_tokens(mint: TokenMint) -> None:
@@ -353,14 +419,18 @@ def test_the_forger_of_these_tests_makes_valid_tokens(mint: TokenMint) -> None:
 @given(
     st.builds(
         RefreshToken,
-        st.just(1),
-        st.integers(0, 2**64 - 1),
-        st.binary(min_size=16, max_size=16),
-        st.integers(0, 2**32 - 1),
-        st.integers(0, 2**64 - 1),
-        st.integers(0, 2**64 - 1),
-        st.integers(0, 2**64 - 1),
-        st.integers(NOW * 1000 + 1, 2**64 - 1),
+        key_id=st.just(1),
+        user_id=st.integers(0, 2**64 - 1),
+        incarnation=st.integers(0, 2**32 - 1),
+        session_id=st.binary(min_size=16, max_size=16),
+        epoch=st.integers(0, 2**32 - 1),
+        counter=st.integers(0, 2**64 - 1),
+        created_ms=st.integers(0, 2**64 - 1),
+        issued_ms=st.integers(0, 2**64 - 1),
+        expires_ms=st.integers(NOW * 1000 + 1, 2**64 - 1),
+        authenticated_s=st.integers(0, 2**32 - 1),
+        factors=st.integers(0, 255),
+        kind=st.integers(0, 255),
     )
 )
 def test_a_refresh_token_comes_back_from_equal_bytes(make_settings, token: RefreshToken) -> None:
@@ -383,10 +453,28 @@ def test_equal_fields_give_equal_bytes_on_every_replica_and_after_a_rotation(mak
 
 def test_a_refresh_token_is_these_bytes(mint: TokenMint) -> None:
     """The form of tokens that are out there for months: it cannot change without a new version."""
-    assert mint.make_refresh(TOKEN) == (
-        "v1.AAAAAQAAAAAAAAAqAAECAwQFBgcICQoLDA0ODwAAAAMAAAAAAAAABwAAAaMYXCjwAAABoxhcUAAAAAGjGF06YHY5OryZGSJRu"
-        "0X8oKsupSF_lBKeBTN_R_RkIYXdgwXJ"
+    text = mint.make_refresh(TOKEN)
+    raw = decode_base64url(text.removeprefix("v2."))
+    assert raw[:-32].hex(" ", -4) == (
+        "00000001 00000000 0000002a fedcba98 00010203 04050607 08090a0b 0c0d0e0f 00000003 00000000 00000007"
+        " 000001a3 185c28f0 000001a3 185c5000 000001a3 185d3a60 6b49d1f5 01010000"
     )
+    # HKDF's second step (RFC 5869) gives this kind a key of its own.
+    key = hmac.digest(MAC_1.secret, b"authd token refresh\1", "sha256")
+    assert raw[-32:] == hmac.digest(key, b"v2." + raw[:-32], "sha256")
+    assert text == GOLDEN_V2
+
+
+def test_a_refresh_token_of_version_1_is_read_and_knows_no_incarnation(mint: TokenMint) -> None:
+    expected = msgspec.structs.replace(TOKEN, incarnation=0, authenticated_s=NOW - 10)
+    assert mint.read_refresh(TEXT_V1) == expected
+    for index in range(3, len(TEXT_V1)):
+        with pytest.raises(InvalidToken):
+            mint.read_refresh(TEXT_V1[:index] + ("A" if TEXT_V1[index] != "A" else "B") + TEXT_V1[index + 1 :])
+    clock = Clock(NOW + 60)
+    mint._clock = clock
+    with pytest.raises(ExpiredToken):
+        mint.read_refresh(TEXT_V1)
 
 
 def test_a_refresh_token_ends_with_its_last_millisecond(make_settings) -> None:
@@ -418,8 +506,9 @@ def test_only_the_one_text_of_a_refresh_token_is_accepted(mint: TokenMint) -> No
         text + "==",
         f" {text}",
         text + "\n",
-        "V1." + text[3:],
-        "v2." + text[3:],
+        "V2." + text[3:],
+        "v1." + text[3:],
+        "v3." + text[3:],
     ):
         with pytest.raises(InvalidToken):
             mint.read_refresh(other)
@@ -436,7 +525,7 @@ def test_the_mac_holds_every_field_to_its_key(mint: TokenMint) -> None:
     for index in range(len(raw)):
         changed = raw[:index] + bytes([raw[index] ^ 1]) + raw[index + 1 :]
         with pytest.raises(InvalidToken):
-            mint.read_refresh("v1." + encode_base64url(changed))
+            mint.read_refresh("v2." + encode_base64url(changed))
 
 
 def test_an_expired_token_is_called_expired_only_with_a_true_mac(mint: TokenMint) -> None:
@@ -468,11 +557,11 @@ def test_a_key_is_published_at_once_and_signs_from_its_time(make_settings) -> No
     ring = KeyRing([signing("es-2", NOW + 100), signing("es-1")], [MAC_2, MAC_1])
     mint = TokenMint(make_settings(), ring, clock)
     assert {key["kid"] for key in ring.jwks()["keys"]} == {"es-1", "es-2"}
-    old = mint.make_access(42, SESSION, 1, "j")
+    old = mint.make_access(ADA, SESSION, 1, "j")
     assert json.loads(split(old)[0])["kid"] == "es-1"
     assert mint.mac_key_id() == 1
     clock.now = NOW + 100
-    new = mint.make_access(42, SESSION, 1, "j")
+    new = mint.make_access(ADA, SESSION, 1, "j")
     assert json.loads(split(new)[0])["kid"] == "es-2"
     assert mint.mac_key_id() == 2
     for token in (old, new):
@@ -483,7 +572,7 @@ def test_a_replica_that_does_not_sign_with_a_key_yet_proves_with_it(make_setting
     """Clocks differ: a replica ahead signs with the new key first."""
     keys = [signing("es-1"), signing("es-2", NOW + 100)]
     ahead, behind = (TokenMint(make_settings(), KeyRing(keys, [MAC_1, MAC_2]), Clock(NOW + s)) for s in (100, 0))
-    assert behind.read_access(ahead.make_access(42, SESSION, 1, "j")).user_id == 42
+    assert behind.read_access(ahead.make_access(ADA, SESSION, 1, "j")).user_id == 42
     token = msgspec.structs.replace(TOKEN, key_id=ahead.mac_key_id())
     assert behind.read_refresh(ahead.make_refresh(token)) == token
 
@@ -491,7 +580,7 @@ def test_a_replica_that_does_not_sign_with_a_key_yet_proves_with_it(make_setting
 def test_a_replaced_ring_counts_at_once_and_a_retired_key_proves_nothing(make_settings) -> None:
     ring = KeyRing([signing("es-1")], [MAC_1])
     mint = TokenMint(make_settings(), ring, Clock())
-    access, refresh = mint.make_access(42, SESSION, 1, "j"), mint.make_refresh(TOKEN)
+    access, refresh = mint.make_access(ADA, SESSION, 1, "j"), mint.make_refresh(TOKEN)
     ring.replace([signing("es-2")], [MacKey(3, b"3" * 32, 0)])
     for read, text in ((mint.read_access, access), (mint.read_refresh, refresh)):
         with pytest.raises(InvalidToken):
@@ -499,11 +588,11 @@ def test_a_replaced_ring_counts_at_once_and_a_retired_key_proves_nothing(make_se
     with pytest.raises(InvalidToken):
         mint.make_refresh(TOKEN)
     assert mint.mac_key_id() == 3
-    assert mint.read_access(mint.make_access(42, SESSION, 1, "j")).user_id == 42
+    assert mint.read_access(mint.make_access(ADA, SESSION, 1, "j")).user_id == 42
 
 
 def test_after_a_change_of_the_algorithm_the_old_tokens_still_count(make_settings) -> None:
-    old = make_mint(make_settings, "ES256").make_access(42, SESSION, 1, "j")
+    old = make_mint(make_settings, "ES256").make_access(ADA, SESSION, 1, "j")
     assert make_mint(make_settings, "Ed25519").read_access(old).user_id == 42
 
 

@@ -4,20 +4,21 @@
 WITH head AS (
     UPDATE revocation_heads SET last_number = last_number + 1 WHERE bucket = $1 RETURNING last_number
 )
-INSERT INTO revocations (bucket, number, user_id, epoch, reason, expires_at, announced_until)
-SELECT $1, last_number, $2, $3, $4, now() + $5::interval, now() + $6::interval FROM head
+INSERT INTO revocations (bucket, number, user_id, incarnation, epoch, reason, expires_at, announced_until)
+SELECT $1, last_number, $2, $3, $4, $5, now() + $6::interval, now() + $7::interval FROM head
 RETURNING number;
 
 -- name: add_session_revocations
 -- The next numbers of the bucket, in the order given; see above.
 WITH head AS (
-    UPDATE revocation_heads SET last_number = last_number + cardinality($3::bytea[])
+    UPDATE revocation_heads SET last_number = last_number + cardinality($4::bytea[])
     WHERE bucket = $1 RETURNING last_number
 )
-INSERT INTO revocations (bucket, number, user_id, session_id, reason, expires_at, announced_until)
-SELECT $1, last_number - cardinality($3::bytea[]) + place, user_id, session_id, reason,
-       now() + $5::interval, now() + $6::interval
-FROM head, unnest($2::bigint[], $3::bytea[], $4::text[]) WITH ORDINALITY AS ended (user_id, session_id, reason, place)
+INSERT INTO revocations (bucket, number, user_id, incarnation, session_id, reason, expires_at, announced_until)
+SELECT $1, last_number - cardinality($4::bytea[]) + place, user_id, incarnation, session_id, reason,
+       now() + $6::interval, now() + $7::interval
+FROM head, unnest($2::bigint[], $3::bigint[], $4::bytea[], $5::text[])
+    WITH ORDINALITY AS ended (user_id, incarnation, session_id, reason, place)
 RETURNING number;
 
 -- name: list_heads
@@ -25,7 +26,8 @@ SELECT bucket, last_number FROM revocation_heads WHERE last_number > 0;
 
 -- name: list_revocations_after
 -- What Redis has not applied yet, oldest first, and the bucket's head: rows that have expired are gone from between.
-SELECT h.last_number AS head, r.number, r.user_id, r.session_id, r.epoch, r.reason, r.expires_at
+SELECT h.last_number AS head, r.number, r.user_id, r.incarnation, r.session_id, r.epoch, r.reason,
+       r.expires_at
 FROM revocation_heads h
 LEFT JOIN LATERAL (
     SELECT * FROM revocations WHERE bucket = h.bucket AND number > $2 ORDER BY number LIMIT $3
@@ -46,13 +48,10 @@ SELECT FROM users WHERE id = $1 FOR NO KEY UPDATE;
 -- name: find_session_revocations
 SELECT DISTINCT session_id FROM revocations WHERE session_id = ANY ($1::bytea[]);
 
--- name: lock_user_announced_over
-SELECT id FROM users
-WHERE id = (
-    SELECT user_id FROM revocations JOIN users ON users.id = user_id
-    WHERE announced_until < now() - interval '1 minute' ORDER BY announced_until LIMIT 1
-)
-FOR NO KEY UPDATE;
+-- name: find_user_announced_over
+-- Also one who is gone.
+SELECT user_id FROM revocations
+WHERE announced_until < now() - interval '1 minute' ORDER BY announced_until LIMIT 1;
 
 -- name: take_announced_over
 UPDATE revocations SET announced_until = NULL

@@ -3,6 +3,7 @@
 -- KEYS  1 hash of the user's sessions (expires with the last of its values)
 --       2 string, the bucket's last applied revocation (no expiry)
 --       3 string, the cached user (expires)
+--       4 hash of the user's sessions from before incarnations (expires with the last of its values)
 -- ARGV  1 deadline, ms of Redis's time    2 the number that must be the last applied one    3 the row's number
 --       4 session id, or ''               5 epoch, or ''                                    6 reason
 --       7 a tombstone's life, ms
@@ -17,6 +18,7 @@ if applied ~= tonumber(ARGV[2]) then return { 'moved', now, applied } end
 
 -- First, and whatever it finds: a Redis without memory lets only a script go on that has begun with a deletion.
 redis.call('HDEL', KEYS[1], ARGV[4])
+redis.call('HDEL', KEYS[4], ARGV[4])
 local expires = now + tonumber(ARGV[7])
 if ARGV[4] ~= '' then
     -- Also where the session is not here: a rebuild that read the log before this row was in it must not succeed.
@@ -31,6 +33,15 @@ else
             redis.call('HDEL', KEYS[1], values[i])
         elseif s then
             last = math.max(last, s.expires)
+        end
+    end
+    -- What is adopted later must not live again either.
+    local old = redis.call('HGETALL', KEYS[4])
+    for i = 1, #old, 2 do
+        local value = old[i + 1]
+        if old[i] ~= 'e' and struct.unpack('>B', value) == OLD_LIVE
+            and struct.unpack('>I4', string.sub(value, 6, 9)) < epoch then
+            redis.call('HDEL', KEYS[4], old[i])
         end
     end
     if unpack_floor(redis.call('HGET', KEYS[1], 'e')) < epoch then

@@ -1,9 +1,14 @@
 -- A user's sessions are one hash. Its fields are session ids (16 bytes), each with one of these packed values, and `e`.
---   live       1, MAC key id u32, epoch u32, counter u48, created u48, issued u48, expires u48, then the client's bytes
+--   live       4, MAC key id u32, epoch u32, counter u48, created u48, issued u48, expires u48,
+--              authenticated u32 s, factors u8, kind u8: of the login; they never change
+--              elevated u32 s, factors u8: of a step-up, or 0
+--              then the client's bytes
 --   tombstone  2 (not known to be in the log) or 3 (in the log), expires u48, then the reason
 --   e          the epoch below which every session is dead u48, then the reason
--- Times are ms of Redis's clock since the epoch. The client's bytes are the business of authd/redis/sessions.py.
-local LIVE, UNLOGGED, LOGGED = 1, 2, 3
+-- Times are ms of Redis's clock since the epoch, or s where it says so. The client's bytes are the business of
+-- authd/redis/sessions.py. A live value of before began with 1 and had the client's bytes after `expires`: see
+-- session_adopt.lua.
+local OLD_LIVE, UNLOGGED, LOGGED, LIVE = 1, 2, 3, 4
 
 local function now_ms()
     local time = redis.call('TIME')
@@ -17,13 +22,19 @@ local function unpack_value(value)
         local _, expires, rest = struct.unpack('>BI6', value)
         return { state = state, expires = expires, reason = string.sub(value, rest) }
     end
-    local _, key_id, epoch, counter, created, issued, expires, rest = struct.unpack('>BI4I4I6I6I6I6', value)
+    local _, key_id, epoch, counter, created, issued, expires, login = struct.unpack('>BI4I4I6I6I6I6', value)
     return { state = LIVE, key_id = key_id, epoch = epoch, counter = counter, created = created, issued = issued,
-             expires = expires, client = string.sub(value, rest) }
+             expires = expires, login = string.sub(value, login, login + 10), client = string.sub(value, login + 11) }
+end
+
+-- What a session keeps of its login, before any step-up.
+local function pack_login(authenticated, factors, kind)
+    return struct.pack('>I4BBI4B', authenticated, factors, kind, 0, 0)
 end
 
 local function pack_live(s)
-    return struct.pack('>BI4I4I6I6I6I6', LIVE, s.key_id, s.epoch, s.counter, s.created, s.issued, s.expires) .. s.client
+    return struct.pack('>BI4I4I6I6I6I6', LIVE, s.key_id, s.epoch, s.counter, s.created, s.issued, s.expires)
+        .. s.login .. s.client
 end
 
 local function pack_tombstone(state, expires, reason)

@@ -8,14 +8,17 @@
 --       7 MAC key id of the successor         8 grace, ms
 --       9 a refresh token's life, ms         10 a session's life, ms
 --      11 the client's bytes                12 expires, ms: of the token presented
---      13 user id
+--      13 user id                           14 incarnation
 --
 -- Returns {status, now} and more:
 --   rotated, value | repeated, value: the previous token within the grace; the successor is computed again from value
---   superseded: an older token within the grace of the last rotation; nothing ends
+--   superseded: an older token within the grace of the last rotation, or while the clock is behind it; nothing ends
 --   reused: the session ends | ended, reason | expired | unknown | late | behind, applied number
 -- include: session_format
 -- include: event_add
+
+-- What clocks are slewed by without having been set back, ms.
+local CLOCK_JITTER_MS = 1000
 
 local now = now_ms()
 if now > tonumber(ARGV[1]) then return { 'late', now } end
@@ -37,6 +40,10 @@ if not s then return { tonumber(ARGV[12]) <= now and 'expired' or 'unknown', now
 if s.state ~= LIVE then return { 'ended', now, s.reason } end
 
 if counter < s.counter then
+    -- The clock was set back, or this node's is behind the last one's: how long ago the last rotation was is not known.
+    -- No successor is given out, for the grace would last as long as the step; and nothing ends, for this may be the
+    -- second tab. Once the clock has caught up, an older token is what it was.
+    if now < s.issued - CLOCK_JITTER_MS then return { 'superseded', now } end
     if now <= s.issued + grace then
         if counter == s.counter - 1 then return { 'repeated', now, values[1] } end
         return { 'superseded', now }
@@ -53,5 +60,5 @@ elseif s.issued <= tonumber(ARGV[6]) + grace then
     return { 'rotated', now, value }
 end
 redis.call('HSET', KEYS[1], id, pack_tombstone(UNLOGGED, s.expires, 'reused'))
-add_event(KEYS[3], nil, 'session.reuse_detected', 'u', ARGV[13], 's', id)
+add_event(KEYS[3], nil, 'session.reuse_detected', 'u', ARGV[13], 'i', ARGV[14], 's', id)
 return { 'reused', now }
