@@ -69,6 +69,7 @@ class Introspection(msgspec.Struct):
     active: bool
     token_type: Literal["Bearer", "refresh_token"] | UnsetType = UNSET
     sub: str | UnsetType = UNSET
+    inc: int | UnsetType = UNSET
     sid: str | UnsetType = UNSET
     epoch: int | UnsetType = UNSET
     exp: int | UnsetType = UNSET

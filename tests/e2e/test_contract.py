@@ -280,7 +280,7 @@ async def test_a_refresh_of_a_user_that_is_gone_answers_403(service: ServiceProc
 
 
 async def test_an_unknown_refresh_token_answers_401(api: Api) -> None:
-    assert_problem(await api.refresh("v1.nothing"), 401, "refresh_token_invalid")
+    assert_problem(await api.refresh("v2.nothing"), 401, "refresh_token_invalid")
 
 
 # Logout
@@ -379,7 +379,7 @@ async def test_no_problem_names_an_internal_part_or_echoes_a_secret(api: Api) ->
         await api.register("no e-mail", "2short"),
         await api.register(account.username, PASSWORD),
         await api.login(account.username, WRONG),
-        await api.refresh("v1.secret-refresh-token"),
+        await api.refresh("v2.secret-refresh-token"),
         await api.me("secret-access-token"),
         await api.post("/auth/register", content=b'{"password": "secret'),
     ]

@@ -56,7 +56,7 @@ class Tally:
 
 def mac_key(refresh_token: str) -> int:
     """The number of the key that made it: the first field."""
-    text = refresh_token.removeprefix("v1.")
+    text = refresh_token.removeprefix("v2.")
     return int.from_bytes(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))[:4])
 
 

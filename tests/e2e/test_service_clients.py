@@ -196,7 +196,7 @@ async def test_an_active_access_token_is_told_by_its_claims(
         assert answer.status_code == 200
         assert (answer.headers["Content-Type"], answer.headers["Cache-Control"]) == ("application/json", "no-store")
         assert answer.json() == {"active": True, "token_type": "Bearer", **claims}
-    assert claims.keys() == {"iss", "sub", "sid", "epoch", "jti", "iat", "exp"}
+    assert claims.keys() == {"iss", "sub", "inc", "sid", "epoch", "jti", "iat", "exp"}
     assert (claims["iss"], claims["sub"]) == (ISSUER, str(account.user_id))
 
 
@@ -205,7 +205,7 @@ async def test_an_active_refresh_token_is_told_too(
 ) -> None:
     for hint in ({}, {"token_type_hint": "access_token"}, {"token_type_hint": "refresh_token"}):
         body = (await api.introspect(client, pair["refresh_token"], **hint)).json()
-        assert body.keys() == {"active", "token_type", "sub", "sid", "iat", "exp"}
+        assert body.keys() == {"active", "token_type", "sub", "inc", "sid", "iat", "exp"}
         assert (body["active"], body["token_type"]) == (True, "refresh_token")
         assert (body["sub"], body["sid"]) == (str(account.user_id), claims_of(pair)["sid"])
         assert body["exp"] - body["iat"] == REFRESH_TTL_S
@@ -216,7 +216,7 @@ async def test_an_active_refresh_token_is_told_too(
 
 async def test_what_is_no_token_of_ours_is_inactive(api: Api, client: Credentials, pair: dict[str, Any]) -> None:
     access, refresh = pair["access_token"], pair["refresh_token"]
-    junk = ["x", "v1.", "v1.x", "a.b.c", "..", "null", "é", "\0", "🦊" * 50, "x" * 10_000, refresh[3:], f" {access}"]
+    junk = ["x", "v1.", "v2.x", "a.b.c", "..", "null", "é", "\0", "🦊" * 50, "x" * 10_000, refresh[3:], f" {access}"]
     await assert_inactive(api, client, *junk, tampered(access), tampered(refresh), access[:-1], f"{refresh}A")
 
 
@@ -283,7 +283,7 @@ async def test_a_replaced_refresh_token_revokes_its_session_too(
 
 
 async def test_revoking_what_is_no_token_is_no_error(api: Api, client: Credentials, pair: dict[str, Any]) -> None:
-    for token in ("x", "v1.x", "a.b.c", "\0", tampered(pair["access_token"]), tampered(pair["refresh_token"])):
+    for token in ("x", "v2.x", "a.b.c", "\0", tampered(pair["access_token"]), tampered(pair["refresh_token"])):
         assert (await api.revoke(client, token)).status_code == 200
     assert (await api.me(pair["access_token"])).status_code == 200
 

@@ -323,11 +323,18 @@ async def test_a_forged_token_of_a_holder_of_the_shared_secret_opens_no_session(
         {"exp": True},
         {"exp": 1e400},
         {"exp": -1},
+        # One that would be good for 31 years.
+        {"exp": now + 10**9},
+        {"iat": now + 10**9, "exp": now + 10**9 + 60},
+        {"iat": None},
+        {"inc": claims["inc"] ^ 1},
+        {"inc": str(claims["inc"])},
+        {"inc": None},
     ]
     for change in changes:
         await assert_refused(hs256_api, jws(header, claims | change))
     await assert_refused(hs256_api, jws(header | {"typ": "at+jwt"}, claims))
-    for claim in ("sub", "sid", "iss", "exp"):
+    for claim in ("sub", "inc", "sid", "iss", "iat", "exp"):
         await assert_refused(hs256_api, jws(header, {name: v for name, v in claims.items() if name != claim}))
     for body in (b"[]", b'"x"', b"null", b"{", b"\xff", b"[" * 3000, b'{"sub": "\\ud800"}'):
         head = encode(json.dumps(header).encode())
@@ -350,29 +357,34 @@ def jws(header: dict[str, Any], claims: dict[str, Any], algorithm: str = "HS256"
 
 # Refresh tokens under attack
 
-#: Bytes in the token's wire form: see authd.tokens.
+#: Bytes in the token's wire form: see authd.refresh_tokens.
 REFRESH_FIELDS = {
     "key id": 0,
     "user id": 11,
+    "incarnation": 15,
     "session": 20,
-    "epoch": 31,
-    "counter": 39,
-    "created": 47,
-    "issued": 55,
-    "expires": 63,
-    "first byte of the mac": 64,
-    "last byte of the mac": 95,
+    "epoch": 35,
+    "counter": 43,
+    "created": 51,
+    "issued": 59,
+    "expires": 67,
+    "authenticated": 71,
+    "factors": 72,
+    "kind": 73,
+    "filling": 75,
+    "first byte of the mac": 76,
+    "last byte of the mac": 107,
 }
 
 
 async def test_a_refresh_token_with_one_bit_changed_is_refused(api: Api, pair: dict[str, Any]) -> None:
     token = pair["refresh_token"]
-    raw = decode(token.removeprefix("v1."))
+    raw = decode(token.removeprefix("v2."))
     for name, position in REFRESH_FIELDS.items():
         for bit in (1, 128):
             changed = bytearray(raw)
             changed[position] ^= bit
-            answer = await api.refresh(f"v1.{encode(bytes(changed))}")
+            answer = await api.refresh(f"v2.{encode(bytes(changed))}")
             assert answer.status_code == 401, name
             assert_problem(answer, 401, "refresh_token_invalid")
     assert (await api.refresh(token)).status_code == 200
@@ -380,10 +392,10 @@ async def test_a_refresh_token_with_one_bit_changed_is_refused(api: Api, pair: d
 
 async def test_a_refresh_token_in_another_form_is_refused(api: Api, pair: dict[str, Any]) -> None:
     token = pair["refresh_token"]
-    body = token.removeprefix("v1.")
-    spaced = [f" {token}", f"{token} ", f"{token}\n", f"{token[:50]} {token[50:]}", f"v1. {body}"]
-    cut = [token[:-1], token[:-4], token[:50], "v1.", "v1", "v", "", body, token + "A", token + "AAAA", token * 2]
-    other = [f"v2.{body}", f"V1.{body}", f"{token}=", token.swapcase(), token[:-1] + "é", token[:-1] + "\0", "x" * 9000]
+    body = token.removeprefix("v2.")
+    spaced = [f" {token}", f"{token} ", f"{token}\n", f"{token[:50]} {token[50:]}", f"v2. {body}"]
+    cut = [token[:-1], token[:-4], token[:50], "v2.", "v2", "v", "", body, token + "A", token + "AAAA", token * 2]
+    other = [f"v1.{body}", f"V2.{body}", f"{token}=", token.swapcase(), token[:-1] + "é", token[:-1] + "\0", "x" * 9000]
     for text in [*spaced, *cut, *other]:
         assert_problem(await api.refresh(text), 401, "refresh_token_invalid")
     assert (await api.refresh(token)).status_code == 200
