@@ -61,7 +61,7 @@ def _change(text: str, change: Callable[[str], str]) -> str:
 
 
 def _nfkc(text: str) -> str:
-    return unicodedata.normalize("NFKC", text)
+    return text if text.isascii() else unicodedata.normalize("NFKC", text)
 
 
 def _nfkc_of_folded(text: str) -> str:
