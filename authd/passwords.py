@@ -8,17 +8,18 @@ came, cut at 72 bytes: both kinds are verified exactly, by one bcrypt each, and 
 import base64
 import hmac
 import re
-import unicodedata
 from typing import Literal, NamedTuple
 
 import bcrypt
+
+from authd.text import MARKS_MAX, normalise
 
 #: Characters (code points) after normalisation: NIST SP 800-63B counts these.
 PASSWORD_CHARS_MIN = 8
 #: Bytes of UTF-8 after normalisation.
 PASSWORD_BYTES_MAX = 1024
-#: Code points before normalisation, which takes quadratic time on long runs of combining marks. No text above it comes
-#: to at most PASSWORD_BYTES_MAX: three code points compose into two bytes at best.
+#: Code points before normalisation. No text above it comes to at most PASSWORD_BYTES_MAX: three code points compose
+#: into two bytes at best.
 PASSWORD_INPUT_CHARS_MAX = 2 * PASSWORD_BYTES_MAX
 #: bcrypt reads no more of its key.
 BCRYPT_BYTES_MAX = 72
@@ -56,7 +57,9 @@ def check_password(password: str) -> str | None:
     if _utf8(password) is None:
         return "The password must be valid Unicode without NUL characters."
     if len(password) <= PASSWORD_INPUT_CHARS_MAX:
-        normal = unicodedata.normalize("NFKC", password)
+        normal = normalise(password, PASSWORD_INPUT_CHARS_MAX)
+        if normal is None:
+            return f"The password must have at most {MARKS_MAX} combining marks in a row."
         if len(normal) < PASSWORD_CHARS_MIN:
             return f"The password must have at least {PASSWORD_CHARS_MIN} characters."
         if len(normal.encode()) <= PASSWORD_BYTES_MAX:
@@ -138,10 +141,13 @@ def _bcrypt(effort: Effort, salt: str, key: bytes) -> str:
 
 
 def _normalised(password: str) -> bytes | None:
-    if _utf8(password) is None or len(password) > PASSWORD_INPUT_CHARS_MAX:
+    if _utf8(password) is None:
         return None
-    normal = unicodedata.normalize("NFKC", password).encode()
-    return normal if len(normal) <= PASSWORD_BYTES_MAX else None
+    normal = normalise(password, PASSWORD_INPUT_CHARS_MAX)
+    if normal is None:
+        return None
+    key = normal.encode()
+    return key if len(key) <= PASSWORD_BYTES_MAX else None
 
 
 def _utf8(password: str) -> bytes | None:

@@ -3,8 +3,10 @@
 The list ships with the package, so that a registration asks nobody outside; see docs/login-defence.md for the choice.
 """
 
-import unicodedata
 from importlib.resources import files
+
+from authd.passwords import PASSWORD_INPUT_CHARS_MAX
+from authd.text import fold
 
 LIST = "common_passwords.txt"
 #: Shorter names stand in too many good passwords by chance.
@@ -20,16 +22,14 @@ class WeakPasswords:
     def check(self, password: str, username: str) -> str | None:
         """The broken rule as a sentence, or None. `username`: the e-mail address. Upper and lower case are alike.
 
-        Call it for passwords within the limits of `check_password` only: folding takes long on what is beyond.
+        Text that is too long to be a password, or not bounded, is not looked at: `check_password` refuses it.
         """
-        folded = _fold(password)
+        folded = fold(password, PASSWORD_INPUT_CHARS_MAX)
+        if folded is None:
+            return None
         if folded in self._common:
             return "The password is one of the commonest in known breaches."
-        name = _fold(username.strip().rpartition("@")[0])
-        if len(name) >= NAME_CHARS_MIN and name in folded:
+        name = fold(username.strip().rpartition("@")[0], PASSWORD_INPUT_CHARS_MAX)
+        if name is not None and len(name) >= NAME_CHARS_MIN and name in folded:
             return "The password must not contain the name of your e-mail address."
         return None
-
-
-def _fold(text: str) -> str:
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())

@@ -37,7 +37,10 @@ PLAIN = [
     ("", "$2a$05$CCCCCCCCCCCCCCCCCCCCC.7uG0VCzI2bS7j6ymqJi9CdcdxiRTWNy"),
 ]
 #: What can never match, and must cost one hash all the same.
-HOPELESS = ["nul\0inside", "\ud800surrogate", "x" * 5000, "é" * 513, "é" * 5000, "\u0301" * 5000]
+HOPELESS = [
+    *("nul\0inside", "\ud800surrogate", "x" * 5000, "é" * 513, "é" * 5000, "\u0301" * 5000),
+    *("a" + "\u0301" * 31, "a" + "\u0344" * 1000 + "\u0327" * 1000),
+]
 UNUSABLE = [
     "",
     "x",
@@ -94,6 +97,8 @@ def test_a_password_within_the_rules_is_accepted_and_hashed(password: str) -> No
         # One ligature of these is 18 characters.
         ("\ufdfa" * 60, "at most 1024 bytes"),
         ("x" * 100_000, "at most 1024 bytes"),
+        ("aaaaaaaa" + "\u0301" * 31, "at most 30 combining marks in a row"),
+        ("a" + "\u0344" * 1000 + "\u0327" * 1000, "at most 30 combining marks in a row"),
         ("password\0", "NUL"),
         ("password\ud800", "Unicode"),
     ],
@@ -156,6 +161,15 @@ def test_a_password_matches_in_every_normal_form() -> None:
     assert COMPOSED != DECOMPOSED
     for kept, typed in ((COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)):
         assert verify_password(typed, hash_password(kept, COST), COST)
+
+
+def test_a_password_means_the_same_on_every_python() -> None:
+    # Their forms, and that the last is a mark, are in Unicode 15, which Python 3.11 does not have.
+    password = "\U0001e030\u00e9\U0001fa77 correct \U0001e08f\u0327\u0301"
+    stored = "$bcrypt-sha256$v=2,t=2b,r=4$5rCpd/SaLDY4ygEj2w5OcO$Esi67N3uubRVXzPoMRo047rc0LZsA0m"
+    assert check_password(password) is None
+    assert verify_password(password, stored, COST)
+    assert verify_password(unicodedata.normalize("NFD", "\u00e9").join(password.split("\u00e9")), stored, COST)
 
 
 def test_the_format_follows_from_the_password() -> None:
