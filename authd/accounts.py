@@ -15,7 +15,7 @@ from authd.errors import InvalidRequest, RegistrationLimited, Unavailable, Usern
 from authd.hasher import Admission, Hasher
 from authd.passwords import check_password
 from authd.postgres.users import User, Users
-from authd.redis.throttle import Throttle, network_of
+from authd.redis.throttle import Throttle
 from authd.weak_passwords import WeakPasswords
 
 #: RFC 5321: the longest path, less its angle brackets.
@@ -109,8 +109,8 @@ class Accounts:
                     raise RegistrationLimited(locked.retry_after_s)
             return Admission.HASH
 
-        # No account's name has a NUL.
-        return await self._hasher.hash(password, admit=admit, share=f"\0{network_of(address)}")
+        # The registrations of an address share one line. The NUL keeps its name apart from every account's.
+        return await self._hasher.hash(password, admit=admit, address=address, account="\0registration")
 
 
 def _fold(text: str) -> str:

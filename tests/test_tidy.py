@@ -24,7 +24,7 @@ FUNCTION_LINES_MAX = 70
 #: The layers, lowest first. A module imports from lower layers, and from its own room; what stands in no list is a use
 #: case. The top alone sees all.
 CONTRACT = {"config", "errors", "events"}
-PURE = {"tokens", "passwords", "observe", "breaker", "deadline"}
+PURE = {"tokens", "passwords", "observe", "breaker", "deadline", "fair_queue", "networks"}
 MADE_OF_PURE = {"announcements"}
 ROOMS = {"redis", "postgres", "kafka", "hasher"}
 USE_CASES = 4
