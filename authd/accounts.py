@@ -17,7 +17,7 @@ from authd.errors import InvalidRequest, RegistrationLimited, Unavailable, Usern
 from authd.hasher import Admission, Hasher
 from authd.passwords import check_password
 from authd.postgres.users import User, Users
-from authd.redis.throttle import Throttle, network_of
+from authd.redis.throttle import Throttle
 from authd.text import fold, holds_newer, is_bounded
 from authd.weak_passwords import WeakPasswords
 
@@ -136,8 +136,8 @@ class Accounts:
                     raise RegistrationLimited(locked.retry_after_s)
             return Admission.HASH
 
-        # No account's name has a NUL.
-        return await self._hasher.hash(password, admit=admit, share=f"\0{network_of(address)}")
+        # The registrations of an address share one line. The NUL keeps its name apart from every account's.
+        return await self._hasher.hash(password, admit=admit, address=address, account="\0registration")
 
 
 def _ascii_domain(domain: str) -> str | None:

@@ -82,61 +82,77 @@ class PasswordCheck:
 
     async def _verify(self, guess: _Guess) -> User | None:
         """The user, if the password matches: after exactly one hash, which counts whatever becomes of the request."""
-        user, cost, password = guess.user, self._cost, guess.password
-        # A disabled user's own hash is computed too: its cost must not tell that it is disabled.
-        stored = user.password_hash if user is not None else None
-        may_log_in = user is not None and not user.disabled
-        attempt: Reserved | None = None
-        renewed: str | None = None
-
-        def work() -> bool:
-            nonlocal renewed
-            matches = verify_password(password, stored, cost) and may_log_in
-            if matches and stored is not None and needs_rehash(password, stored, cost):
-                renewed = hash_password(password, cost)
-            return matches
-
-        async def admit() -> Admission:
-            nonlocal attempt
-            answer = await self._reserve(guess)
-            if isinstance(answer, Locked):
-                raise LoginLocked(answer.retry_after_s)
-            if isinstance(answer, Reserved):
-                attempt = answer
-                return Admission.HASH
-            return Admission.WAIT
-
-        async def settle(matches: bool | None) -> bool:
-            if attempt is not None:
-                outcome = Outcome.RELEASED if matches is None else Outcome.SUCCEEDED if matches else Outcome.FAILED
-                for kind in await self._throttle.settle(attempt, outcome):
-                    _log.warning("login_locked", counter=kind, address=guess.address, user_id=guess.user_id or None)
-            return bool(matches)
-
-        if not await self._hasher.run_job(
-            Job(
-                effort=effort_to_verify(stored, cost),
-                work=work,
-                admit=admit,
-                settle=settle,
-                account=guess.account,
-                is_known=guess.device is not None,
-            )
-        ):
+        attempt = _Attempt(guess, self._throttle, self._cost)
+        if not await self._hasher.run_job(attempt.job()):
             return None
-        if user is None or renewed is None or stored is None:
+        user, renewed = guess.user, attempt.renewed
+        if user is None or renewed is None:
             return user
         with suppress(Unavailable):  # the next login renews it
-            if await self._users.set_password_hash(user.id, stored, renewed):
+            if await self._users.set_password_hash(user.id, user.password_hash, renewed):
                 return msgspec.structs.replace(user, password_hash=renewed)
         return user
 
-    async def _reserve(self, guess: _Guess) -> Reserved | Locked | Wait:
+
+class _Attempt:
+    """A guess on its way through the Hasher: reserved, then hashed, then settled."""
+
+    def __init__(self, guess: _Guess, throttle: Throttle, cost: int) -> None:
+        self._guess = guess
+        self._throttle = throttle
+        self._cost = cost
+        # A disabled user's own hash is computed too: its cost must not tell that it is disabled.
+        self._stored = guess.user.password_hash if guess.user is not None else None
+        #: From `_admit` on: what has to be settled.
+        self._reserved: Reserved | None = None
+        #: From `_work` on: a new hash of a password that matched a stored one of another form.
+        self.renewed: str | None = None
+
+    def job(self) -> Job[bool, bool]:
+        """Return the job, to be run once; its result is whether the password matches, and of one who may log in."""
+        return Job(
+            effort=effort_to_verify(self._stored, self._cost),
+            admit=self._admit,
+            work=self._work,
+            settle=self._settle,
+            address=self._guess.address,
+            account=self._guess.account,
+            is_known=self._guess.device is not None,
+        )
+
+    async def _admit(self) -> Admission:
+        answer = await self._reserve()
+        if isinstance(answer, Locked):
+            raise LoginLocked(answer.retry_after_s)
+        if isinstance(answer, Wait):
+            return Admission.WAIT
+        self._reserved = answer
+        return Admission.HASH
+
+    async def _reserve(self) -> Reserved | Locked | Wait:
+        guess = self._guess
         if guess.device is not None:
             answer = await self._throttle.reserve_device(guess.device.id, guess.address, guess.user_id)
             if not isinstance(answer, Locked):
                 return answer
         return await self._throttle.reserve(guess.address, guess.account, guess.user_id)
+
+    def _work(self) -> bool:
+        """Runs on a hashing thread."""
+        user, password, stored, cost = self._guess.user, self._guess.password, self._stored, self._cost
+        may_log_in = user is not None and not user.disabled
+        matches = verify_password(password, stored, cost) and may_log_in
+        if matches and stored is not None and needs_rehash(password, stored, cost):
+            self.renewed = hash_password(password, cost)
+        return matches
+
+    async def _settle(self, matches: bool | None) -> bool:
+        if self._reserved is not None:
+            outcome = Outcome.RELEASED if matches is None else Outcome.SUCCEEDED if matches else Outcome.FAILED
+            for kind in await self._throttle.settle(self._reserved, outcome):
+                user_id = self._guess.user_id or None
+                _log.warning("login_locked", counter=kind, address=self._guess.address, user_id=user_id)
+        return bool(matches)
 
 
 def _is_of(device: Device | None, user: User | None) -> bool:

@@ -88,12 +88,12 @@ class Account:
 
 class Api(httpx.AsyncClient):
     """A client of one process that speaks the contract. It comes from a loopback address of its own, where the system
-    has more than one, so that no test's failed logins lock out another's.
+    has more than one, so that no test's failed logins lock out another's; or from the address that is named.
     """
 
-    def __init__(self, url: str, known: Secrets) -> None:
+    def __init__(self, url: str, known: Secrets, address: str | None = None) -> None:
         host = ".".join(["127", *(str(1 + secrets.randbelow(254)) for _ in range(3))])
-        address = host if sys.platform == "linux" else None
+        address = address or (host if sys.platform == "linux" else None)
         # `verify` only saves the time to load the certificates: nothing here speaks TLS.
         transport = httpx.AsyncHTTPTransport(local_address=address, verify=False)
         super().__init__(base_url=url, transport=transport, timeout=30)

@@ -24,7 +24,7 @@ FUNCTION_LINES_MAX = 70
 #: The layers, lowest first. A module imports from lower layers, and from its own room; what stands in no list is a use
 #: case. The top alone sees all.
 CONTRACT = {"config", "errors", "events", "text"}
-PURE = {"base64url", "passwords", "observe", "breaker", "deadline"}
+PURE = {"base64url", "passwords", "observe", "breaker", "deadline", "fair_queue", "networks"}
 #: Each made of those before it.
 MADE_OF_PURE = [{"mac_tokens"}, {"refresh_tokens"}, {"tokens"}, {"announcements"}]
 ROOMS = {"redis", "postgres", "kafka", "hasher"}

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from hashlib import blake2b
-from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import Any, Literal, TypeVar
 
 import anyio
 
 from authd.config import BUCKETS, Settings
 from authd.errors import Unavailable
+from authd.networks import network_of
 from authd.observe import metrics
 from authd.redis.client import RedisClient
 from authd.redis.events import event_stream
@@ -26,8 +26,6 @@ from authd.redis.events import event_stream
 #: A replica that dies gives its reservations back after this. It must exceed the longest hash: cost 18 takes 15 s
 #: (measured: 0.24 s at cost 12), twice that with a rehash.
 RESERVATION_TTL_S = 60.0
-#: An IPv6 subscriber has at least this network, and all its addresses to guess from.
-IPV6_PREFIX_BITS = 64
 DIGEST_BYTES = 16
 
 T = TypeVar("T")
@@ -237,19 +235,6 @@ class Throttle:
         return _Counter(
             kind, bucket, self._client.key(bucket, f"throttle:{kind}:{digest.hexdigest()}"), self._limits[kind]
         )
-
-
-def network_of(address: str) -> str:
-    """What one client has: an IPv4 address, or an IPv6 network."""
-    try:
-        parsed = ip_address(address)
-    except ValueError:
-        return address
-    if isinstance(parsed, IPv6Address):
-        if parsed.ipv4_mapped is None:
-            return str(IPv6Network((int(parsed), IPV6_PREFIX_BITS), strict=False))
-        parsed = parsed.ipv4_mapped
-    return str(parsed)
 
 
 def _seconds(ms: int) -> int:

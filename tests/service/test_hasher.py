@@ -2,25 +2,30 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
+from typing import Any, TypeVar
 
 import anyio
+import msgspec
 import pytest
 from anyio import Event, to_thread
 from anyio.lowlevel import checkpoint
 
 from authd.config import Secret, Settings
 from authd.errors import Unavailable
-from authd.hasher import ACCOUNT_SHARE, Admission, Hasher, Job
+from authd.hasher import Admission, Hasher, Job
 from authd.observe import metrics
-from authd.passwords import Effort, hash_password, verify_password
+from authd.passwords import Effort, effort_to_verify, hash_password, verify_password
 
 pytestmark = pytest.mark.anyio
 
 COST = 4
 EFFORT = Effort("bcrypt", COST)
 PATIENCE_S = 20.0
+ATTACKER, VICTIM = "198.51.100.7", "192.0.2.1"
+
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -90,16 +95,30 @@ class Steps:
         work: Callable[[], str],
         *,
         effort: Effort = EFFORT,
-        account: str | None = None,
+        address: str = "",
+        account: str = "",
         is_known: bool = False,
     ) -> "Job[str, str | None]":
-        return Job(effort=effort, work=work, settle=self.settle, admit=self.admit, account=account, is_known=is_known)
+        return Job(
+            effort=effort,
+            work=work,
+            settle=self.settle,
+            admit=self.admit,
+            address=address,
+            account=account,
+            is_known=is_known,
+        )
 
 
 async def until(condition: Callable[[], bool]) -> None:
     with anyio.fail_after(PATIENCE_S):
         while not condition():  # noqa: ASYNC110
             await anyio.sleep(0.002)
+
+
+async def verify(hasher: Hasher, password: str, stored: str | None) -> bool | None:
+    work = partial(verify_password, password, stored, COST)
+    return await hasher.run_job(Job(effort=effort_to_verify(stored, COST), work=work, settle=_done))
 
 
 async def ask(hasher: Hasher, job: Job[str, str | None]) -> str | None:
@@ -133,16 +152,16 @@ async def test_it_hashes_and_verifies_off_the_event_loop() -> None:
     async with running() as hasher:
         stored = await hasher.hash("correct horse")
         assert stored.startswith("$2b$04$")
-        assert await hasher.verify("correct horse", stored)
-        assert not await hasher.verify("wrong horse", stored)
-        assert not await hasher.verify("correct horse", None)
+        assert await verify(hasher, "correct horse", stored)
+        assert not await verify(hasher, "wrong horse", stored)
+        assert not await verify(hasher, "correct horse", None)
 
 
 async def test_a_broken_hash_reaches_its_asker_and_the_next_job_is_served() -> None:
     async with running(threads=1) as hasher:
         with pytest.raises(ValueError, match="cannot be hashed"):
             await hasher.hash("nul\0")
-        assert await hasher.verify("x", hash_password("x", COST))
+        assert await verify(hasher, "x", hash_password("x", COST))
 
 
 async def test_hang_ups_neither_stop_a_running_hash_nor_free_its_thread() -> None:
@@ -217,57 +236,152 @@ async def test_a_full_queue_refuses_at_once() -> None:
         gate.opened.set()
 
 
-async def test_one_account_cannot_fill_the_queue() -> None:
+@asynccontextmanager
+async def flooded(hasher: Hasher, floods: list["Job[str, str | None]"]) -> AsyncIterator[Gate]:
+    """One hash runs until the gate is opened, and the others wait behind it, refused or not."""
     gate = Gate()
-    async with running(threads=1, queue_max=4 * ACCOUNT_SHARE) as hasher, anyio.create_task_group() as requests:
-        requests.start_soon(ask, hasher, Steps().job(gate.work))
+    async with anyio.create_task_group() as requests:
+        requests.start_soon(ask, hasher, Steps().job(gate.work, address=ATTACKER))
         await until(lambda: gate.inside == 1)
-        for _ in range(4):
-            requests.start_soon(ask, hasher, Steps().job(gate.work, account="flooded"))
-        await anyio.sleep(0.01)
-        await refused(ask(hasher, Steps().job(gate.work, account="flooded")))
-        other = asyncio.ensure_future(hasher.run_job(Steps().job(gate.work, account="other")))
+        asked = 0
+
+        async def flood(job: "Job[str, str | None]") -> None:
+            nonlocal asked
+            asked += 1
+            with suppress(Unavailable):
+                await hasher.run_job(job)
+
+        for job in floods:
+            requests.start_soon(flood, job)
+        await until(lambda: asked == len(floods))
+        try:
+            yield gate
+        finally:
+            gate.opened.set()
+
+
+class Order:
+    """Work that notes when it was done."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def job(self, name: str, **more: Any) -> "Job[str, str | None]":
+        def work() -> str:
+            self.names.append(name)
+            return name
+
+        return Steps().job(work, **more)
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+async def test_a_flood_of_one_network_costs_another_one_hash(is_known: bool) -> None:
+    order = Order()
+    addresses = [f"198.51.100.{number % 250}" for number in range(500)]
+    floods = [
+        order.job("flood", address=address, account=f"account{number}", is_known=is_known)
+        for number, address in enumerate(addresses)
+    ]
+    async with running(threads=1, queue_max=64) as hasher, flooded(hasher, floods) as gate:
+        victims = [
+            asyncio.ensure_future(ask(hasher, order.job(name, address=VICTIM, account="victim", is_known=is_known)))
+            for name in ("first", "second", "third")
+        ]
+        await checkpoint()
         gate.opened.set()
-        assert await other == "hashed"
-        assert await hasher.run_job(Steps().job(gate.work, account="flooded")) == "hashed"
+        assert await asyncio.gather(*victims) == ["first", "second", "third"]
+        served = order.names[: order.names.index("third") + 1]
+        assert served.count("flood") <= 3
+        assert served.index("first") <= 1
+
+
+async def test_a_flood_of_known_devices_leaves_the_others_their_part_and_the_other_way_round() -> None:
+    for is_known, ahead_max in ((True, 1), (False, 4)):
+        order = Order()
+        floods = [
+            order.job("flood", address=ATTACKER, account=f"account{number}", is_known=not is_known)
+            for number in range(100)
+        ]
+        async with running(threads=1, queue_max=64) as hasher, flooded(hasher, floods) as gate:
+            victim = asyncio.ensure_future(ask(hasher, order.job("victim", address=VICTIM, is_known=is_known)))
+            await checkpoint()
+            gate.opened.set()
+            assert await victim == "victim"
+            assert order.names.index("victim") <= ahead_max
+
+
+async def test_neighbours_of_a_flood_are_served_in_turn_too() -> None:
+    order = Order()
+    floods = [order.job("flood", address=ATTACKER, account=f"account{number % 5}") for number in range(200)]
+    async with running(threads=1, queue_max=64) as hasher, flooded(hasher, floods) as gate:
+        # In the same /24: one of two addresses. At the same address: one of six accounts.
+        neighbour = asyncio.ensure_future(ask(hasher, order.job("near", address="198.51.100.8", account="account0")))
+        colleague = asyncio.ensure_future(ask(hasher, order.job("same", address=ATTACKER, account="victim")))
+        await checkpoint()
+        gate.opened.set()
+        assert await neighbour == "near" and await colleague == "same"
+        assert order.names.index("near") <= 2
+        assert order.names.index("same") <= 2 * 6
+
+
+async def test_one_ipv6_site_is_one_network() -> None:
+    order = Order()
+    floods = [order.job("flood", address=f"2001:db8:1:{number % 9}::1", account="a") for number in range(200)]
+    async with running(threads=1, queue_max=64) as hasher, flooded(hasher, floods) as gate:
+        victims = [
+            asyncio.ensure_future(ask(hasher, order.job(address, address=address)))
+            for address in ("2001:db8:2::1", "2001:db8:1:ffff::1")
+        ]
+        await checkpoint()
+        gate.opened.set()
+        assert await asyncio.gather(*victims) == ["2001:db8:2::1", "2001:db8:1:ffff::1"]
+        assert order.names.index("2001:db8:2::1") <= 1
+        assert order.names.index("2001:db8:1:ffff::1") <= 10 + 1
+
+
+async def test_a_full_queue_gives_a_newcomer_the_place_of_who_holds_most() -> None:
+    order = Order()
+    floods = [order.job("flood", address=ATTACKER, account=f"account{number}") for number in range(8)]
+    async with running(threads=1, queue_max=8) as hasher:
+        displaced, full, before = refusals("displaced"), refusals("full"), waiting()
+        async with flooded(hasher, floods) as gate:
+            assert waiting() == before + 8
+            # Who fills the queue displaces nobody; a newcomer displaces one, whose asker is answered at once.
+            await refused(ask(hasher, order.job("flood", address=ATTACKER, account="another")))
+            assert (refusals("displaced"), refusals("full")) == (displaced, full + 1)
+            victim = asyncio.ensure_future(ask(hasher, order.job("victim", address=VICTIM)))
+            await until(lambda: refusals("displaced") == displaced + 1)
+            assert waiting() == before + 8
+            gate.opened.set()
+            assert await victim == "victim"
+        assert order.names.count("flood") == 7
+
+
+async def test_sixty_logins_of_one_user_at_once_are_hashed_with_the_default_queue() -> None:
+    order = Order()
+    default = {field.name: field.default for field in msgspec.structs.fields(Settings)}["hash_queue_max"]
+    async with running(threads=1, queue_max=default) as hasher:
+        logins = [ask(hasher, order.job("login", address=VICTIM, account="victim")) for _ in range(60)]
+        assert await asyncio.gather(*logins) == ["login"] * 60
 
 
 async def test_known_devices_are_served_three_times_for_each_other() -> None:
-    gate, order = Gate(), list[str]()
-
-    def work(name: str) -> str:
-        order.append(name)
-        return "hashed"
-
-    async with running(threads=1) as hasher, anyio.create_task_group() as requests:
-        requests.start_soon(ask, hasher, Steps().job(gate.work))
-        await until(lambda: gate.inside == 1)
-        before = waiting("known") + waiting("others")
-        for name, is_known in [("other", False)] * 5 + [("known", True)] * 7:
-            requests.start_soon(ask, hasher, Steps().job(partial(work, name), is_known=is_known))
-        await until(lambda: waiting("known") + waiting("others") == before + 12)
+    order = Order()
+    floods = [order.job(name, is_known=name == "known") for name in ["other"] * 20 + ["known"] * 30]
+    async with running(threads=1) as hasher, flooded(hasher, floods) as gate:
         gate.opened.set()
-    k, o = ["known"], ["other"]
-    assert order in ([*k * 3, *o, *k * 3, *o, *k, *o * 3], [*o, *k * 3, *o, *k * 3, *o, *k, *o * 2])
+        await until(lambda: len(order.names) == 50)
+    for number in range(1, 41):
+        assert abs(order.names[:number].count("known") - 0.75 * number) <= 1
 
 
-async def test_a_flood_of_strangers_leaves_known_devices_their_queue_and_their_share() -> None:
-    gate = Gate()
-    async with running(threads=1, queue_max=4) as hasher, anyio.create_task_group() as requests:
-        requests.start_soon(ask, hasher, Steps().job(gate.work))
-        await until(lambda: gate.inside == 1)
-        before = waiting()
-        requests.start_soon(ask, hasher, Steps().job(gate.work, account="flooded"))
-        for _ in range(3):
-            requests.start_soon(ask, hasher, Steps().job(gate.work))
-        await until(lambda: waiting() == before + 4)
-        await refused(ask(hasher, Steps().job(gate.work)))
-        # The same account, for all that wait there: its owner's device has a share of its own.
+async def test_a_flood_of_strangers_does_not_fill_the_queue_of_known_devices() -> None:
+    floods = [Steps().job(str, account="flooded") for _ in range(4)]
+    async with running(threads=1, queue_max=4) as hasher, flooded(hasher, floods) as gate:
+        await refused(ask(hasher, Steps().job(gate.work, account="flooded")))
         known = asyncio.ensure_future(ask(hasher, Steps().job(gate.work, account="flooded", is_known=True)))
-        await until(lambda: waiting("known") >= 1)
-        shares = refusals("account_share", "known")
-        await refused(ask(hasher, Steps().job(gate.work, account="flooded", is_known=True)))
-        assert refusals("account_share", "known") == shares + 1
+        await checkpoint()
+        assert waiting("known") >= 1
         gate.opened.set()
         assert await known == "hashed"
 
@@ -294,7 +408,7 @@ async def test_a_wait_beyond_the_deadline_is_refused_before_any_hashing() -> Non
     async with running(threads=1, deadline_s=2.0) as hasher, anyio.create_task_group() as requests:
         # Measured, so that the estimate is what this machine takes.
         for one in stored * 3:
-            assert await hasher.verify("x", one)
+            assert await verify(hasher, "x", one)
         requests.start_soon(ask, hasher, Steps().job(gate.work))
         await until(lambda: gate.inside == 1)
         # An imported hash of a cost nobody has seen yet: minutes of work.
@@ -452,5 +566,5 @@ async def open_later(gate: Gate) -> None:
     gate.opened.set()
 
 
-async def _done(value: None) -> None:
+async def _done(value: T) -> T:
     return value
