@@ -101,7 +101,7 @@ class Revocations:
 
     async def end_sessions(self, user_id: int, session_ids: Sequence[bytes], reason: str) -> Revoked:
         """Log the ending of at least one session of a user in one transaction; the last row's place."""
-        async with self._database.transaction() as connection:
+        async with self._database.transaction(bucket=user_id % BUCKETS) as connection:
             await connection.execute(_QUERIES["lock_user"], user_id)
             for session_id in session_ids:
                 await add_events(connection, self._events.session_ended(user_id, session_id, reason))
@@ -111,7 +111,7 @@ class Revocations:
         """Log endings that Redis decided, where the log has them not yet: their events come from Redis. None where it
         has them all.
         """
-        async with self._database.transaction() as connection:
+        async with self._database.transaction(bucket=user_id % BUCKETS) as connection:
             await connection.execute(_QUERIES["lock_user"], user_id)
             return await self._writer.end_new(connection, _endings(user_id, session_ids, reason))
 

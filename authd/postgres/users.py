@@ -6,6 +6,7 @@ from typing import Literal
 import msgspec
 
 from authd.announcements import EventFactory
+from authd.config import BUCKETS
 from authd.postgres.database import Database
 from authd.postgres.outbox import add_events
 from authd.postgres.queries import load_queries
@@ -82,7 +83,7 @@ class Users:
 
     async def end_all_sessions(self, user_id: int, reason: str) -> Revoked | None:
         """Raise the user's epoch and log it; None where the user is gone."""
-        async with self._database.transaction() as connection:
+        async with self._database.transaction(bucket=user_id % BUCKETS) as connection:
             row = await connection.fetchrow(_QUERIES["raise_epoch"], user_id)
             return None if row is None else await self._writer.end_all(connection, user_id, row["epoch"], reason)
 
