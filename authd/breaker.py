@@ -24,8 +24,8 @@ class Breaker:
 
     @contextmanager
     def call(self, failures: tuple[type[BaseException], ...]) -> Generator[None, None, None]:
-        """Count the call as failed where one of `failures` comes out of it, and as well where nothing does. What else
-        comes out, such as the request's own end, says nothing about the part.
+        """Count a failure if one of `failures` is raised, and a success if nothing is. Other exceptions, such as the
+        request's own end, say nothing about the part.
         """
         self.enter()
         try:

@@ -131,12 +131,21 @@ class SessionLimit(Refusal):
 
 
 class Unavailable(Refusal):
-    """A part is away, slow or full. The code says which part, by its role."""
+    """A part is away, slow or full. The code says which part, by its role. `is_busy`: the part answers, and only
+    something in it, such as a lock, was not free in time; this says nothing about the part.
+    """
 
     code = "unavailable"
 
-    def __init__(self, part: Literal["user_store", "session_store", "hashing", "deadline"], retry_after_s: int = 1):
+    def __init__(
+        self,
+        part: Literal["user_store", "session_store", "hashing", "deadline"],
+        retry_after_s: int = 1,
+        *,
+        is_busy: bool = False,
+    ):
         self.part = part
+        self.is_busy = is_busy
         self.code = _UNAVAILABLE[part][0]
         self.detail = _UNAVAILABLE[part][1]
         self.retry_after_s = retry_after_s

@@ -71,6 +71,8 @@ class Health:
         try:
             await self._required[part]()
         except Unavailable as error:
+            if error.is_busy:
+                return  # It answers others: nothing was learnt.
             answers = False
             cause = repr(error.__cause__)
         else:

@@ -102,7 +102,7 @@ class EventRelay:
                 await self._move(bucket)
             except Unavailable as error:
                 _log.warning("events_not_relayed", bucket=bucket, part=error.part)
-                if error.part == "user_store":
+                if error.part == "user_store" and not error.is_busy:
                     self._due.clear()  # the others would fare no better; the sweep comes back to all
             finally:
                 self._busy.discard(bucket)

@@ -6,6 +6,7 @@ import anyio
 import asyncpg
 
 from authd.config import Settings
+from authd.postgres.database import limit_session, milliseconds
 
 #: Any number that no other user of the database takes: replicas that start together migrate one after the other.
 ADVISORY_LOCK = 0x61757468
@@ -16,8 +17,14 @@ class SchemaTooNew(Exception):
     """The database was migrated by a newer authd than this one."""
 
 
-#: Postgres is away, starting, or has no such database yet: worth another try.
-NOT_READY = (OSError, TimeoutError, asyncpg.CannotConnectNowError, asyncpg.InvalidCatalogNameError)
+#: Postgres is away, starting, has no such database yet, or somebody's transaction is in the way: worth another try.
+NOT_READY = (
+    OSError,
+    TimeoutError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.LockNotAvailableError,
+)
 #: What `migrate` raises.
 MIGRATION_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, SchemaTooNew)
 
@@ -31,7 +38,16 @@ async def migrate(settings: Settings) -> list[str]:
     with anyio.fail_after(MIGRATE_TIMEOUT_S):
         connection = await asyncpg.connect(settings.database_url.reveal(), timeout=settings.database_timeout_s)
         try:
+            await limit_session(connection, settings.database_timeout_s)
+            # Its statements are long, and it waits for the migrators before it. But one that freezes, between two
+            # statements or two transactions, holds up no start for longer than the silence that others may keep.
+            await connection.execute(
+                f"SET statement_timeout = {milliseconds(MIGRATE_TIMEOUT_S)}; SET lock_timeout = 0;"
+                f"SET idle_session_timeout = {milliseconds(settings.database_timeout_s)}"
+            )
             await connection.execute("SELECT pg_advisory_lock($1)", ADVISORY_LOCK)
+            # All who use a table queue behind a migration that waits for it.
+            await connection.execute(f"SET lock_timeout = {milliseconds(settings.database_timeout_s / 3)}")
             return await _run_missing(connection)
         finally:
             await connection.close(timeout=settings.database_timeout_s)

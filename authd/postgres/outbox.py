@@ -11,7 +11,7 @@ import msgspec
 
 from authd.config import BUCKETS
 from authd.events import Event
-from authd.postgres.database import Connection, Database
+from authd.postgres.database import Connection, Database, milliseconds
 from authd.postgres.queries import load_queries
 
 _QUERIES = load_queries("outbox.sql")
@@ -87,10 +87,10 @@ class Outbox:
     @asynccontextmanager
     async def lane(self, lane: int, timeout_s: float) -> AsyncGenerator[Lane | None, None]:
         """Hold the lane for at most `timeout_s` and see its first LANE_ROWS rows, without those of users who wait; None
-        while another replica holds it.
+        while another replica holds it. Postgres too ends it after that time: a replica that froze keeps no lane.
         """
         async with self._database.transaction(timeout_s) as connection:
-            if await connection.fetchrow(_QUERIES["lock_lane"], lane) is None:
+            if await connection.fetchrow(_QUERIES["lock_lane"], lane, milliseconds(timeout_s)) is None:
                 yield None
                 return
             records = await connection.fetch(_QUERIES["list_lane"], lane, LANE_ROWS)

@@ -112,7 +112,7 @@ class Revocations:
         """Log the ending of at least one session of a user in one transaction, also where the user is gone; the last
         row's place.
         """
-        async with self._database.transaction() as connection:
+        async with self._database.transaction(bucket=subject.user_id % BUCKETS) as connection:
             await connection.execute(_QUERIES["lock_user"], subject.user_id)
             for session_id in session_ids:
                 await add_events(connection, self._events.session_ended(subject.user_id, session_id, reason))
@@ -122,7 +122,7 @@ class Revocations:
         """Log endings that Redis decided, where the log has them not yet: their events come from Redis. None where it
         has them all.
         """
-        async with self._database.transaction() as connection:
+        async with self._database.transaction(bucket=subject.user_id % BUCKETS) as connection:
             await connection.execute(_QUERIES["lock_user"], subject.user_id)
             return await self._writer.end_new(connection, _endings(subject, session_ids, reason))
 

@@ -6,6 +6,7 @@ from typing import Literal
 import msgspec
 
 from authd.announcements import EventFactory
+from authd.config import BUCKETS
 from authd.mac_tokens import Subject
 from authd.postgres.database import Database
 from authd.postgres.outbox import add_events
@@ -96,7 +97,7 @@ class Users:
 
     async def end_all_sessions(self, subject: Subject, reason: str) -> Revoked | None:
         """Raise the user's epoch and log it; None where the user is gone."""
-        async with self._database.transaction() as connection:
+        async with self._database.transaction(bucket=subject.user_id % BUCKETS) as connection:
             row = await connection.fetchrow(_QUERIES["raise_epoch"], *subject)
             return None if row is None else await self._writer.end_all(connection, subject, row["epoch"], reason)
 

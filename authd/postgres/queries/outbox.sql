@@ -3,8 +3,10 @@ INSERT INTO outbox (lane, user_id, event_id, channel, type, version, message_key
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8);
 
 -- name: lock_lane
--- No row: another replica is sending this lane.
-SELECT lane FROM outbox_lanes WHERE lane = $1 FOR UPDATE SKIP LOCKED;
+-- No row: another replica is sending this lane. While it is sent the transaction is silent for longer than others ($2,
+-- ms).
+SELECT lane, set_config('idle_in_transaction_session_timeout', $2, true) FROM outbox_lanes
+WHERE lane = $1 FOR UPDATE SKIP LOCKED;
 
 -- name: list_lane
 -- Without the users that have a row whose time has not come: their later rows stay behind it.
