@@ -1,4 +1,6 @@
-"""Time limits of tests: a deadline inside the event loop, and a thread far behind it that ends the process.
+"""Keeps a failure to its test: limits of time, and what anyio's one runner of a process would not survive.
+
+A limit is a deadline inside the event loop, and a thread far behind it that ends the process.
 
 The limit is that of the `timeout` marker or setting. A signal cannot hold it: Python raises it in whatever frame runs,
 where uvloop, which waits in C, swallows it, or where it kills the task that runs every later test of the process.
@@ -18,6 +20,8 @@ import pytest_timeout
 #: The process ends where a test, its fixtures included, takes this many times its limit: what blocks cannot be
 #: cancelled.
 LAST_RESORT_LIMITS = 3
+#: What `pytest.fail` and `pytest.skip` raise, which is no Exception.
+OUTCOMES = (pytest.fail.Exception, pytest.skip.Exception)
 
 T = TypeVar("T")
 
@@ -103,9 +107,31 @@ async def _within(step: Awaitable[T], left_s: float, limit_s: float, name: str) 
         if limit.expired():
             raise TimeoutError(message) from error
         raise
+    except BaseExceptionGroup as group:
+        if (error := _for_the_runner(group)) is group:
+            raise
+        raise error from group
     if limit.expired():
         raise TimeoutError(message)
     return result
+
+
+def _for_the_runner(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return what anyio's runner survives: `pytest.fail` in a task group comes out as a group that is no Exception."""
+    leaves = list(_leaves(group))
+    if isinstance(group, Exception) or not all(isinstance(leaf, (Exception, *OUTCOMES)) for leaf in leaves):
+        return group
+    if len(leaves) == 1:
+        return leaves[0]
+    return AssertionError(f"{len(leaves)} failures at once: " + "; ".join(map(repr, leaves)))
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
 
 
 @pytest.hookimpl(tryfirst=True)

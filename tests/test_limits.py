@@ -102,6 +102,35 @@ async def test_fails_by_a_timeout_of_its_own():
     with anyio.fail_after(0.01):
         await anyio.sleep(3600)
 
+async def test_fails_in_a_task_group():
+    async with anyio.create_task_group():
+        pytest.fail("seen in the log")
+
+async def test_fails_twice_in_a_task_group():
+    async def fail():
+        try:
+            await anyio.sleep(3600)
+        finally:
+            pytest.fail("the other one")
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(fail)
+        await anyio.sleep(0)
+        raise OSError("this one")
+
+async def test_skips_in_a_task_group():
+    async with anyio.create_task_group():
+        pytest.skip("not here")
+
+@pytest.fixture
+async def failing_at_its_end():
+    async with anyio.create_task_group():
+        yield
+        pytest.fail("at the end")
+
+async def test_wants_what_fails_at_its_end(failing_at_its_end):
+    pass
+
 async def test_last(held_by_all):
     assert held_by_all == "held"
 """
@@ -135,13 +164,14 @@ def results(output: str, word: str) -> set[str]:
     return {line.partition("::")[2] for line in lines}
 
 
-def test_an_async_test_or_fixture_that_waits_too_long_fails_and_the_next_test_runs(tmp_path: Path) -> None:
+def test_an_async_test_or_fixture_that_waits_too_long_or_fails_takes_no_other_test_along(tmp_path: Path) -> None:
     done = run(tmp_path, WAITING)
     assert results(done.stdout, "PASSED") == {
         "test_after_the_wait",
         "test_enters_what_a_fixture_leaves",
         "test_has_a_limit_of_its_own",
         "test_wants_what_does_not_end",
+        "test_wants_what_fails_at_its_end",
         "test_last",
     }, done.stdout
     assert results(done.stdout, "FAILED") == {
@@ -151,16 +181,21 @@ def test_an_async_test_or_fixture_that_waits_too_long_fails_and_the_next_test_ru
         "test_overhears_the_end",
         "test_waits_in_an_example",
         "test_fails_by_a_timeout_of_its_own",
+        "test_fails_in_a_task_group",
+        "test_fails_twice_in_a_task_group",
     }
     assert results(done.stdout, "ERROR") == {
         "test_wants_what_does_not_come",
         "test_wants_what_does_not_begin",
         "test_wants_what_does_not_end",
+        "test_wants_what_fails_at_its_end",
     }
+    assert "1 skipped" in done.stdout
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
     # The log says which limit it was, and shows the line that waited.
     assert "test_tiny.py::test_waits took longer than its limit of 0.5 s" in done.stdout
     assert "the fixture slow_to_begin took longer than its limit of 0.5 s" in done.stdout
+    assert "seen in the log" in done.stdout and "the other one" in done.stdout and "this one" in done.stdout
     assert "in test_waits\n    await anyio.sleep(3600)" in done.stdout
 
 
