@@ -14,7 +14,7 @@ from hypothesis import settings
 settings.register_profile("authd", deadline=None, derandomize=True)
 settings.load_profile("authd")
 
-pytest_plugins = ["stores", "service_process", "service.world", "fault.parts"]
+pytest_plugins = ["limits", "stores", "service_process", "service.world", "fault.parts"]
 
 TESTS = Path(__file__).parent
 LOOP_GUARDED = {"unit", "service"}
