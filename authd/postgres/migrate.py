@@ -18,8 +18,8 @@ class SchemaTooNew(Exception):
 
 #: Postgres is away, starting, or has no such database yet: worth another try.
 NOT_READY = (OSError, TimeoutError, asyncpg.CannotConnectNowError, asyncpg.InvalidCatalogNameError)
-#: What `migrate` raises.
-MIGRATION_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, SchemaTooNew)
+#: What `migrate` raises. ClientConfigurationError: a parameter of AUTHD_DATABASE_URL, such as an unknown sslmode.
+MIGRATION_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.ClientConfigurationError, SchemaTooNew)
 
 
 async def migrate(settings: Settings) -> list[str]:
