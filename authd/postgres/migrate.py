@@ -25,8 +25,8 @@ NOT_READY = (
     asyncpg.InvalidCatalogNameError,
     asyncpg.LockNotAvailableError,
 )
-#: What `migrate` raises.
-MIGRATION_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, SchemaTooNew)
+#: What `migrate` raises. ClientConfigurationError: a parameter of AUTHD_DATABASE_URL, such as an unknown sslmode.
+MIGRATION_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.ClientConfigurationError, SchemaTooNew)
 
 
 async def migrate(settings: Settings) -> list[str]:

@@ -212,7 +212,10 @@ def bucket_of_user(user_id: int) -> int:
 async def open_redis(settings: Settings) -> AsyncGenerator[RedisClient, None]:
     """A client that connects when first used: authd starts, and says so, while Redis is away."""
     servers = Servers()
-    client = _make_client(settings, servers)
+    try:
+        client = _make_client(settings, servers)
+    except ValueError:  # redis-py's, of a parameter: its text may repeat the value
+        raise ConfigError("AUTHD_REDIS_URL has a parameter with an unusable value.") from None
     try:
         yield RedisClient(client, servers, settings)
     finally:

@@ -52,7 +52,7 @@ TIMEOUTS = (
     "keep_alive_s",
 )
 UNUSABLE_TEXTS = {
-    "bind": ("8000", "127.0.0.1", ":8000", "127.0.0.1:http", "127.0.0.1:123456"),
+    "bind": ("8000", "127.0.0.1", ":8000", "127.0.0.1:http", "127.0.0.1:123456", "http://user:pw@host:80"),
     "deployment": ("Main", "a b", "x" * 33, "a{b}"),
     "trusted_proxies": ("10.0.0.1/8", "10.0.0.0/33", "proxy", "10.0.0.0/8, nowhere"),
     "kafka_registration_topic": ("user created", "x" * 250, "a/b"),
@@ -194,7 +194,121 @@ def test_an_exact_origin_is_taken(required: dict[str, str], origin: str) -> None
 )
 def test_what_no_browser_would_send_as_an_origin_is_refused(required: dict[str, str], origin: str) -> None:
     [sentence] = complaints(required | {"AUTHD_CORS_ORIGINS": origin})
-    assert sentence.startswith("AUTHD_CORS_ORIGINS takes exact origins")
+    assert sentence == "AUTHD_CORS_ORIGINS must be exact origins such as https://app.example.com, separated by commas."
+
+
+@pytest.mark.parametrize(
+    "networks",
+    [
+        "0.0.0.0/0",
+        "::/0",
+        "0.0.0.0/1, 128.0.0.0/1",
+        "10.0.0.0/7",
+        "2000::/3",
+        "2000::/15",
+        ",".join(f"{first}.0.0.0/8" for first in range(256)),
+    ],
+)
+def test_a_trusted_network_that_holds_the_clients_is_refused(required: dict[str, str], networks: str) -> None:
+    [sentence] = complaints(required | {"AUTHD_TRUSTED_PROXIES": f"192.0.2.7, {networks}"})
+    assert sentence.startswith("AUTHD_TRUSTED_PROXIES holds a network wider than /8 (IPv6: /16)")
+
+
+@pytest.mark.parametrize("networks", ["10.0.0.0/8", "fc00::/7", "fe80::/10", "2001::/16", "172.16.0.0/12,fd00::/8"])
+def test_networks_that_a_proxy_may_have_are_accepted(required: dict[str, str], networks: str) -> None:
+    assert complaints(required | {"AUTHD_TRUSTED_PROXIES": networks}) == []
+
+
+DATABASE_URLS = (
+    "postgresql://localhost",
+    "postgres://authd@localhost/authd",
+    "postgresql:///authd",
+    "postgresql:///authd?host=/run/postgresql&user=authd",
+    "postgresql:///authd?host=a,b&port=5432,5433",
+    "postgresql://authd:p%40ss%23%2F%3F@db.example.com:5432/authd?sslmode=verify-full&sslrootcert=/etc/ca.pem",
+    "postgresql://authd:pa:ss%@a:5432,b:5433,[2001:db8::1]:5434/authd?target_session_attrs=read-write",
+    "postgresql://authd:pw@%2Frun%2Fpostgresql/authd",
+    "postgresql://authd@localhost/authd?application_name=&options=-c%20geqo%3Doff",
+)
+REDIS_URLS = (
+    "redis://localhost",
+    "redis://:6379",
+    "rediss://authd:p%40ss%23@cache.example.com:6380/2?ssl_ca_certs=/etc/ca.pem&ssl_check_hostname=false",
+    "redis://:pa@ss:w%@[2001:db8::1]:6379/0?socket_timeout=1.5&db=3",
+    "redis://:pw@a:6379,b:6379, c:6379",
+    "redis+sentinel://:pw@a:26379,b:26379,[::1]:26379/service",
+    "rediss+sentinel://a,b/service?ssl_ca_certs=/etc/ca.pem",
+)
+
+
+@pytest.mark.parametrize("url", DATABASE_URLS)
+def test_every_form_of_a_database_url_is_accepted(required: dict[str, str], url: str) -> None:
+    assert complaints(required | {"AUTHD_DATABASE_URL": url}) == []
+
+
+@pytest.mark.parametrize("url", REDIS_URLS)
+def test_every_form_of_a_redis_url_is_accepted(required: dict[str, str], url: str) -> None:
+    assert complaints(required | {"AUTHD_REDIS_URL": url}) == []
+
+
+UNUSABLE_TAILS = (
+    "",
+    "localhost",
+    "http://localhost",
+    "{0}:localhost",
+    "{0}://u:Secr3t#pw@localhost",
+    "{0}://u:Secr3t?pw@localhost",
+    "{0}://u:Secr3t/pw@localhost",
+    "{0}://u:1234/pw@localhost:1/0",
+    "{0}://u:1234?ef=gh@localhost:1/0",
+    "{0}://u:pw@ab/cd@localhost:1/0",
+    "{0}://u:[pw@localhost",
+    "{0}://u:pw@localhost:port",
+    "{0}://u:pw@localhost:65536",
+    "{0}://u:pw@[::1",
+    "{0}://u:pw@::1:5432",
+    "{0}://u:pw@localhost/0#part",
+    "{0}://u:pw@localhost/0?name",
+    "{0}://u:pw\n@localhost/0",
+    "{0}://u:pw@localhost/%00",
+)
+
+
+@pytest.mark.parametrize("tail", UNUSABLE_TAILS)
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("AUTHD_DATABASE_URL", "postgresql"), ("AUTHD_REDIS_URL", "redis")], ids=["postgres", "redis"]
+)
+def test_an_unusable_url_is_refused_with_a_sentence_that_shows_nothing_of_it(
+    required: dict[str, str], name: str, scheme: str, tail: str
+) -> None:
+    [sentence] = complaints(required | {name: tail.format(scheme)})
+    assert sentence.startswith(f"{name} is ")
+    if tail:
+        assert "percent-encode its password" in sentence
+        assert not re.search("Secr3t|1234|localhost|pw|gh", sentence)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:ab@cd@localhost/db",
+        "postgresql://a:1,,b:2/db",
+        "postgresql:///db?host=a&port=Secr3t",
+        "redis:///0",
+    ],
+)
+def test_what_a_driver_reads_otherwise_than_it_was_meant_is_refused(required: dict[str, str], url: str) -> None:
+    name = "AUTHD_REDIS_URL" if url.startswith("redis") else "AUTHD_DATABASE_URL"
+    [sentence] = complaints(required | {name: url})
+    assert sentence.startswith(f"{name} is not a usable URL")
+
+
+def test_complaints_repeat_no_value_that_may_be_a_password(required: dict[str, str]) -> None:
+    """Also where it was pasted into a setting of another kind."""
+    for field in msgspec.structs.fields(Settings):
+        if field.name != "audience":
+            found = complaints(required | {f"AUTHD_{field.name.upper()}": "https://u:Secr3t/pass@h:1/[x"})
+            assert not re.search("Secr3t|pass@", " ".join(found)), field.name
 
 
 def test_the_environment_wins_over_the_file(required: dict[str, str], tmp_path) -> None:
