@@ -31,6 +31,7 @@ from authd.http.problems import (
 from authd.observe import metrics
 from authd.observe.logs import RequestLine, log_request
 
+FAULT_DETAIL = "Something went wrong on our side."
 #: How long the answer to a request whose body nobody read waits for the rest of it.
 BODY_REST_S = 0.5
 #: Routes, methods and statuses are few: none of the three is what the client wrote.
@@ -199,4 +200,4 @@ async def _on_http_exception(error: HTTPException) -> Response:
 
 async def _on_fault(error: Exception) -> Response:
     _log.error("fault", exc_info=error)
-    return problem_response("internal_error", "Something went wrong on our side.")
+    return problem_response("internal_error", FAULT_DETAIL)

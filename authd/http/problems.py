@@ -96,6 +96,17 @@ def problem_body(code: str, detail: str, **extra: Any) -> bytes:
     return msgspec.json.encode(problem | extra)
 
 
+def problem_headers(length: int) -> list[tuple[bytes, bytes]]:
+    """For a problem of `length` bytes after which the connection is closed."""
+    headers = {
+        "Content-Type": MEDIA_TYPE,
+        "Content-Length": str(length),
+        "Connection": "close",
+        "Cache-Control": "no-store",
+    }
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
+
+
 def problem_response(code: str, detail: str, **extra: Any) -> ProblemResponse:
     response = ProblemResponse(problem_body(code, detail, **extra), PROBLEMS[code][0], content_type=MEDIA_TYPE)
     response.headers["Cache-Control"] = "no-store"
