@@ -36,6 +36,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "refresh_token_reused": (401, "Reused refresh token"),
     "session_ended": (401, "Session ended"),
     "session_evicted": (401, "Session ended"),
+    "cross_site": (403, "Cross-site request"),
     "user_disabled": (403, "User disabled"),
     "session_limit": (403, "Session limit"),
     "session_unknown": (404, "Session unknown"),

@@ -96,7 +96,7 @@ class Http1(H11Protocol):
                 await self.send(Updated(idle=False))
                 self._framing.begin_body(_body_length(event))
                 await self._create_stream(event)
-            elif event is h11.NEED_DATA:
+            elif event in (h11.NEED_DATA, h11.PAUSED):  # paused: over an `Upgrade`, which is ignored
                 if self._framing.has_more and not await self._next_request():
                     return
                 data = self._framing.take()
@@ -107,7 +107,7 @@ class Http1(H11Protocol):
                 return
             elif isinstance(event, h11.Data):
                 await self.stream.handle(Body(stream_id=STREAM_ID, data=event.data))
-            elif isinstance(event, h11.EndOfMessage):
+            else:
                 await self.stream.handle(EndBody(stream_id=STREAM_ID))
 
     async def _next_request(self) -> bool:

@@ -92,6 +92,10 @@ def make_app(settings: Settings) -> App:
     async def post() -> Response:
         return json_response({"body": (await request.body).decode()})
 
+    @routes.get("/found/<part>")
+    async def found(part: str) -> Response:
+        return json_response({"part": part})
+
     @routes.get("/context")
     async def context() -> Response:
         g.requests = g.get("requests", 0) + 1
@@ -200,6 +204,7 @@ READ = {
     "a chunk that looks like an end": (CHUNKED + b"7\r\n\r\n0\r\n\r\n\r\n0\r\n\r\n", b'{"body":"\\r\\n0\\r\\n\\r\\n"}'),
     "empty lines before": (b"\r\n" * EMPTY_LINES_MAX + HEAD + b"\r\n", b'{"query":""}'),
     "a header that begins like a length": (HEAD + b"Content-Length-X: 1, 2\r\n\r\n", b'{"query":""}'),
+    "an upgrade": (HEAD + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n", b'{"query":""}'),
     "a tab within a value": (HEAD + b"X: a\tb\r\n\r\n", b'{"query":""}'),
 }
 
@@ -252,6 +257,36 @@ async def test_an_expectation_is_met_before_the_body_and_a_bad_chunk_is_refused_
         await peer.send(b"\r\n")
         [(status, body)] = await peer.closed()
         assert (status, code_of(body)) == (400, "bad_http")
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/echo", 200),
+        ("/%65cho", 200),  # a letter is the same letter percent-encoded (RFC 3986, 2.3)
+        ("/found/a%20b", 200),
+        ("//echo", 404),
+        ("///echo", 404),
+        ("/%2fecho", 404),
+        ("/%2Fecho", 404),
+        ("//%65cho", 404),
+        ("/found%2fa", 404),
+        ("/found/a%2Fb", 404),
+        ("/found//a", 404),
+        ("/found/a/", 404),
+        ("/echo/", 404),
+        ("/ECHO", 404),
+        ("/./echo", 404),
+        ("http://a//echo", 404),
+        ("http:////echo", 404),
+    ],
+)
+async def test_a_path_is_found_in_no_spelling_that_a_proxy_reads_otherwise(
+    connect: Connect, path: str, status: int
+) -> None:
+    async with connect() as peer:
+        await peer.send(HEAD.replace(b"/echo", path.encode()) + b"\r\n")
+        assert [status for status, _ in await peer.answers(1)] == [status]
 
 
 # What is answered
