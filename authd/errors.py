@@ -27,6 +27,13 @@ class MalformedRequest(Refusal):
         super().__init__()
 
 
+class CrossSite(Refusal):
+    """A page would lock its visitor's account, or use its visitors' addresses to guess from."""
+
+    code = "cross_site"
+    detail = "Web pages of other sites may not send this request."
+
+
 class InvalidRequest(Refusal):
     """The body was read, but fields are missing or unusable. `errors` maps each field to a sentence."""
 

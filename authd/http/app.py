@@ -11,16 +11,17 @@ from typing import Any
 import anyio
 import structlog
 from prometheus_client import Counter, Histogram
-from quart import Blueprint, Quart, Request, Response
+from quart import Blueprint, Quart, Request, Response, signals
 from quart.ctx import RequestContext
 from quart.typing import ResponseTypes
 from quart.wrappers.base import BaseRequestWebsocket
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge
 from werkzeug.routing import MapAdapter
 
 from authd.config import Settings
 from authd.deadline import Deadline
 from authd.errors import Refusal, Unavailable
+from authd.http.client import find_address
 from authd.http.cors import Cors
 from authd.http.problems import (
     ProblemResponse,
@@ -31,6 +32,7 @@ from authd.http.problems import (
 from authd.observe import metrics
 from authd.observe.logs import RequestLine, log_request
 
+FAULT_DETAIL = "Something went wrong on our side."
 #: How long the answer to a request whose body nobody read waits for the rest of it.
 BODY_REST_S = 0.5
 #: Routes, methods and statuses are few: none of the three is what the client wrote.
@@ -40,7 +42,23 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PROBES = {"/livez", "/readyz", "/metrics"}
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
+#: Where Quart keeps hooks that run around a request (by blueprint), or around the process. `App` and the server run
+#: none of them: each costs every request time, and a deadline or a hang-up passes them by.
+_HOOKS = (
+    *("before_request_funcs", "after_request_funcs", "teardown_request_funcs", "url_value_preprocessors"),
+    *("before_websocket_funcs", "after_websocket_funcs", "teardown_websocket_funcs"),
+)
+_SERVING_HOOKS = ("before_serving_funcs", "after_serving_funcs", "while_serving_gens")
+_SIGNALS = (
+    *(signals.request_started, signals.request_finished, signals.got_request_exception),
+    *(signals.websocket_started, signals.websocket_finished, signals.got_serving_exception),
+)
+
 _log = structlog.get_logger()
+
+
+class IgnoredHook(RuntimeError):
+    """A defect of the code that registers: the argument says what would be ignored."""
 
 
 class _Request(Request):
@@ -55,6 +73,14 @@ class _Context(RequestContext):
         """Without the session that Quart would open, for there are no cookies here."""
         self.match_request()
 
+    def match_request(self) -> None:
+        # Werkzeug takes `//path` for `/path`, and `%2F` is a slash to it: a proxy's deny list takes neither so.
+        scope = self.request.scope
+        if scope["path"].startswith("//") or b"%2f" in scope["raw_path"].lower():
+            self.request.routing_exception = NotFound()
+        else:
+            super().match_request()
+
 
 class App(Quart):
     """`inflight` holds the deadline of every request that is being answered."""
@@ -66,9 +92,10 @@ class App(Quart):
         self.inflight: set[Deadline] = set()
         self.is_draining = False
         self._timeout_s = settings.request_timeout_s
+        self._trusted_proxies = settings.trusted_proxies
         self.config["MAX_CONTENT_LENGTH"] = settings.body_max_bytes
         self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
-        # `//host/path` is a path that we do not have, and nothing to redirect to.
+        # `/a//b` is a path that we do not have, and nothing to redirect to.
         self.url_map.merge_slashes = False
         self._cors = Cors(settings.cors_origins)
         for blueprint in blueprints:
@@ -76,6 +103,27 @@ class App(Quart):
         self.register_error_handler(Refusal, _on_refusal)
         self.register_error_handler(HTTPException, _on_http_exception)
         self.register_error_handler(Exception, _on_fault)
+
+    def register_blueprint(self, blueprint: Blueprint, **options: Any) -> None:  # type: ignore[override]
+        """:raises IgnoredHook:"""
+        super().register_blueprint(blueprint, **options)
+        self.refuse_hooks()
+
+    def refuse_hooks(self) -> None:
+        """Raise where something was registered that a request would pass without running it: a hook that guards
+        endpoints must not be left out in silence. Called again at the start, for what was registered later.
+
+        :raises IgnoredHook:
+        """
+        holders = [self, *self.blueprints.values()]
+        found = [name for name in _HOOKS if any(any(getattr(holder, name).values()) for holder in holders)]
+        found += [name for name in _SERVING_HOOKS if getattr(self, name)]
+        # The error handlers of a blueprint are looked for by the request's blueprints, and `_Request` names none.
+        found += [f"errorhandler of {name}" for name, spec in self.error_handler_spec.items() if name and any(spec)]
+        found += [f"websocket {rule.rule}" for rule in self.url_map.iter_rules() if rule.websocket]
+        found += [signal.name for signal in _SIGNALS if signal.has_receivers_for(self)]
+        if found:
+            raise IgnoredHook(f"never run here, so do without: {', '.join(found)}")
 
     def end_requests(self) -> None:
         """Every request's deadline is now: what the drain ends with."""
@@ -120,7 +168,8 @@ class App(Quart):
             self._cors.permit(request, response)
             return response
         finally:
-            _record(request, request_id, response, time.perf_counter() - started)
+            address = find_address(request, self._trusted_proxies)
+            _record(request, request_id, address, response, time.perf_counter() - started)
 
     async def _answer(self, request: Request) -> ResponseTypes:
         with Deadline(self._timeout_s) as deadline:
@@ -154,7 +203,7 @@ def _has_read_body(request: Request) -> bool:
     return request.body._complete.is_set() or not (request.content_length or "Transfer-Encoding" in request.headers)
 
 
-def _record(request: Request, request_id: str, response: ResponseTypes | None, seconds: float) -> None:
+def _record(request: Request, request_id: str, address: str, response: ResponseTypes | None, seconds: float) -> None:
     # No response: the client hung up (nginx's 499).
     status = response.status_code if response is not None else 499
     route, method = (request.url_rule.rule, request.method) if request.url_rule is not None else ("unmatched", "-")
@@ -168,6 +217,7 @@ def _record(request: Request, request_id: str, response: ResponseTypes | None, s
         status=status,
         ms=round(seconds * 1000, 1),
         peer=(request.scope.get("client") or ("",))[0],
+        address=address,
     )
     if isinstance(response, ProblemResponse):
         line.code = response.code
@@ -199,4 +249,4 @@ async def _on_http_exception(error: HTTPException) -> Response:
 
 async def _on_fault(error: Exception) -> Response:
     _log.error("fault", exc_info=error)
-    return problem_response("internal_error", "Something went wrong on our side.")
+    return problem_response("internal_error", FAULT_DETAIL)

@@ -9,12 +9,27 @@ from collections.abc import Collection
 from quart import Request, Response
 from quart.typing import ResponseTypes
 
+from authd.errors import CrossSite
+
 #: What a page needs; probes and metrics are for nobody's page.
 PERMITTED_PATHS = ("/auth/", "/.well-known/", "/openapi.json")
 METHODS = "GET, POST, DELETE"
 REQUEST_HEADERS = "Authorization, Content-Type, X-Device-Token, X-Request-ID"
 READABLE_HEADERS = "Retry-After, WWW-Authenticate, X-Request-ID"
 PREFLIGHT_MAX_AGE_S = 600
+
+
+def refuse_cross_site(request: Request, origins: Collection[str]) -> None:
+    """Refuse what a page of another site lets its visitor's browser send, unless its origin is one of `origins`.
+
+    For endpoints that a page may post to without asking first (a form, or a body without a type), and that change
+    something for whoever sends it. Clients that are no browser, and old browsers, send no `Sec-Fetch-Site`.
+
+    :raises CrossSite:
+    """
+    sites = request.headers.getlist("Sec-Fetch-Site")
+    if "cross-site" in sites and request.headers.get("Origin") not in origins:
+        raise CrossSite
 
 
 class Cors:

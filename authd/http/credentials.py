@@ -5,6 +5,7 @@ from quart import Blueprint, Response, request
 from authd.accounts import Accounts
 from authd.config import Settings
 from authd.http.client import bearer_token, find_client
+from authd.http.cors import refuse_cross_site
 from authd.http.wire import (
     RefreshRequest,
     RegisterRequest,
@@ -23,6 +24,8 @@ def make_credentials(settings: Settings, accounts: Accounts, sessions: Sessions)
 
     @routes.post("/register")
     async def register() -> Response:
+        # A body without a type is JSON here, for old clients, and a page may send one without asking.
+        refuse_cross_site(request, settings.cors_origins)
         body = await read_json(request, RegisterRequest)
         client = find_client(request, settings.trusted_proxies)
         profile = await accounts.register(body.username, body.password, body.full_name or "", client.address)
@@ -30,6 +33,7 @@ def make_credentials(settings: Settings, accounts: Accounts, sessions: Sessions)
 
     @routes.post("/login")
     async def login() -> Response:
+        refuse_cross_site(request, settings.cors_origins)
         form = await read_form(request, "username", "password")
         client = find_client(request, settings.trusted_proxies)
         device_token = form.get("device_token") or request.headers.get("X-Device-Token", "")

@@ -15,7 +15,9 @@ from hypercorn.typing import HTTPScope
 from quart.asgi import ASGIHTTPConnection
 from quart.utils import encode_headers
 
-from authd.http.app import App
+from authd.http.app import FAULT_DETAIL, App
+from authd.http.problems import PROBLEMS, problem_body, problem_headers
+from authd.observe import metrics
 
 Headers = list[tuple[bytes, bytes]]
 #: Sends a status, headers and a body; the connection is ready for the next request afterwards, or closed.
@@ -51,7 +53,9 @@ class Exchange(ASGIHTTPConnection):
                 raise
             # Also a cancellation that nobody asked for, as of a future of somebody else's.
             _log.error("fault", exc_info=error)
-            answer = 500, [(b"content-length", b"0"), (b"connection", b"close")], b""
+            body = problem_body("internal_error", FAULT_DETAIL)
+            answer = PROBLEMS["internal_error"][0], problem_headers(len(body)), body
+            metrics.refusals.labels("internal_error").inc()
         await self._answer(*answer)
 
 

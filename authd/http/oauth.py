@@ -1,5 +1,6 @@
 """The standard endpoints for services: introspection, revocation and the metadata that names them."""
 
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -9,8 +10,8 @@ from quart import Blueprint, Request, Response, abort, request
 
 from authd.clients import ClientRegistry, TokenDesk
 from authd.config import Settings
-from authd.errors import InvalidClient
-from authd.http.wire import json_response, read_form
+from authd.errors import InvalidClient, InvalidRequest
+from authd.http.wire import form_fields, json_response, read_form_pairs
 
 METADATA_MAX_AGE_S = 300
 CLIENT_AUTHENTICATION = ["client_secret_basic", "client_secret_post"]
@@ -22,10 +23,9 @@ def make_oauth(settings: Settings, registry: ClientRegistry, desk: TokenDesk) ->
 
     async def authenticated_form() -> dict[str, str]:
         """The form of a registered client. Nothing is said of a token before the client is known."""
-        form = await read_form(request)
-        client_id, secret = _basic_credentials(request)
-        await registry.authenticate(client_id or form.get("client_id"), secret or form.get("client_secret"))
-        return await read_form(request, "token")
+        pairs = await read_form_pairs(request)
+        await registry.authenticate(*_credentials(request, form_fields(pairs)))
+        return form_fields(pairs, "token")
 
     @routes.post("/auth/introspect")
     async def introspect() -> Response:
@@ -72,7 +72,15 @@ def make_metadata(issuer: str) -> dict[str, Any] | None:
     return metadata
 
 
-def _basic_credentials(request: Request) -> tuple[str | None, str | None]:
+def _credentials(request: Request, form: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """The client's id and secret, both by HTTP Basic or both in the form: never one of each (RFC 6749, 2.3).
+
+    :raises InvalidClient, InvalidRequest:
+    """
+    if request.headers.get("Authorization", "").partition(" ")[0].lower() != "basic":
+        return form.get("client_id"), form.get("client_secret")
+    if "client_secret" in form:
+        raise InvalidRequest({"client_secret": "The client authenticates by HTTP Basic already."})
     try:
         client_id, secret = extract_basic_authorization(request.headers)
     except ValueError:  # no UTF-8

@@ -110,8 +110,8 @@ ANYWHERE = (
 _BODY = ("malformed_request", "unsupported_media_type", "invalid_request", "body_too_large", "body_timeout")
 _STORES = ("user_store_unavailable", "session_store_unavailable")
 _BEARER = ("token_missing", "token_invalid", *_STORES)
-_REGISTER = (*_BODY, "username_taken", "registration_limited", "login_busy", "user_store_unavailable")
-_LOGIN = (*_BODY, "invalid_credentials", "login_locked", "session_limit", "login_busy", *_STORES)
+_REGISTER = (*_BODY, "cross_site", "username_taken", "registration_limited", "login_busy", "user_store_unavailable")
+_LOGIN = (*_BODY, "cross_site", "invalid_credentials", "login_locked", "session_limit", "login_busy", *_STORES)
 _REFRESH = (
     *(*_BODY, "refresh_token_invalid", "refresh_token_expired", "refresh_token_superseded", "refresh_token_reused"),
     *("session_ended", "session_evicted", "user_disabled", "session_limit", *_STORES),

@@ -36,6 +36,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "refresh_token_reused": (401, "Reused refresh token"),
     "session_ended": (401, "Session ended"),
     "session_evicted": (401, "Session ended"),
+    "cross_site": (403, "Cross-site request"),
     "user_disabled": (403, "User disabled"),
     "session_limit": (403, "Session limit"),
     "session_unknown": (404, "Session unknown"),
@@ -94,6 +95,17 @@ def problem_body(code: str, detail: str, **extra: Any) -> bytes:
     status, title = PROBLEMS[code]
     problem = {"type": f"urn:authd:problem:{code}", "title": title, "status": status, "detail": detail, "code": code}
     return msgspec.json.encode(problem | extra)
+
+
+def problem_headers(length: int) -> list[tuple[bytes, bytes]]:
+    """For a problem of `length` bytes after which the connection is closed."""
+    headers = {
+        "Content-Type": MEDIA_TYPE,
+        "Content-Length": str(length),
+        "Connection": "close",
+        "Cache-Control": "no-store",
+    }
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
 def problem_response(code: str, detail: str, **extra: Any) -> ProblemResponse:

@@ -1,4 +1,4 @@
-"""HTTP/1.1 on one connection: Hypercorn's protocol, held to stricter rules than it has of itself.
+"""HTTP/1.1 on one connection: Hypercorn's protocol, held to stricter rules than it has of itself (see framing.py).
 
 Neither HTTP/2 nor WebSocket is spoken here: an upgrade is ignored (RFC 9110, 7.8), a cleartext HTTP/2 preface refused.
 """
@@ -12,19 +12,19 @@ from urllib.parse import unquote
 import h11
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
-from hypercorn.events import Closed, Event, RawData
-from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.events import Body, EndBody
+from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
 from hypercorn.typing import ConnectionState, HTTPScope
 
 from authd.http.app import App
 from authd.http.exchange import Exchange, Headers
-from authd.http.problems import MEDIA_TYPE, PROBLEMS, problem_body
+from authd.http.framing import Framing, FramingError
+from authd.http.problems import PROBLEMS, problem_body, problem_headers
 from authd.observe import metrics
 
 #: RFC 9110, 4.1 asks for 8,000 at least.
 TARGET_BYTES_MAX = 8000
-#: A header line is its name, its value, and `: ` and CRLF.
-_LINE_EXTRA_BYTES = 4
 
 #: What the parser found, by the status that it proposes.
 _PARSER_CODES = {431: "headers_too_large", 501: "transfer_coding_unknown"}
@@ -56,6 +56,7 @@ class Http1(H11Protocol):
         self._app = app
         self._tasks = tasks
         self._headers_max = headers_max
+        self._framing = Framing(config.h11_max_incomplete_size)
         self._sends_body = True
         self._head = b""
 
@@ -68,6 +69,58 @@ class Http1(H11Protocol):
     def is_owed(self) -> bool:
         """The client still has to send something before it can be answered."""
         return self.connection.their_state in (h11.IDLE, h11.SEND_BODY)
+
+    async def handle(self, event: Event) -> None:
+        if isinstance(event, RawData):
+            self._framing.add(event.data)
+            try:
+                await self._handle_events()
+            except FramingError as error:
+                await self._refuse_bytes(error.args[0])
+            except h11.RemoteProtocolError as error:
+                await self._refuse_bytes(_PARSER_CODES.get(error.error_status_hint, "bad_http"))
+        else:
+            await super().handle(event)
+
+    async def _handle_events(self) -> None:
+        """Feed the parser the present request's bytes, and only when that is answered the next one's.
+
+        :raises FramingError, h11.RemoteProtocolError:
+        """
+        while True:
+            if self.connection.they_are_waiting_for_100_continue:
+                headers = self.config.response_headers("h11")
+                await self._send_h11_event(h11.InformationalResponse(status_code=100, headers=headers))
+            event: Any = self.connection.next_event()
+            if isinstance(event, h11.Request):
+                await self.send(Updated(idle=False))
+                self._framing.begin_body(_body_length(event))
+                await self._create_stream(event)
+            elif event in (h11.NEED_DATA, h11.PAUSED):  # paused: over an `Upgrade`, which is ignored
+                if self._framing.has_more and not await self._next_request():
+                    return
+                data = self._framing.take()
+                if not data:
+                    return
+                self.connection.receive_data(data)
+            elif self.stream is None:  # it was answered before its end
+                return
+            elif isinstance(event, h11.Data):
+                await self.stream.handle(Body(stream_id=STREAM_ID, data=event.data))
+            else:
+                await self.stream.handle(EndBody(stream_id=STREAM_ID))
+
+    async def _next_request(self) -> bool:
+        """Wait until the present request is answered; False where the connection ends with it. Bytes behind such a
+        request are ignored: to refuse them would drop the answer to what was carried out.
+        """
+        if self.stream is not None:
+            await self.can_read.clear()
+            await self.can_read.wait()
+        if self.connection.their_state is not h11.IDLE:
+            return False
+        self._framing.next_request()
+        return True
 
     async def _check_protocol(self, event: h11.Request) -> None:
         """Nothing: what Hypercorn looks for here is HTTP/2."""
@@ -85,7 +138,7 @@ class Http1(H11Protocol):
             "type": "http",
             "http_version": request.http_version.decode(),
             "asgi": {"spec_version": "2.1", "version": "3.0"},
-            "method": request.method.decode().upper(),
+            "method": request.method.decode(),
             "scheme": "http",
             "path": unquote(path.decode()),
             "raw_path": path,
@@ -116,10 +169,8 @@ class Http1(H11Protocol):
     def _complaint(self, request: h11.Request) -> str | None:
         if request.http_version not in (b"1.0", b"1.1"):
             return "http_version_unknown"
-        # The parser's own limit is for heads that are not complete yet: one that comes in a single read may be larger.
         headers = request.headers.raw_items()  # a list, which h11's own headers are not: they cost more to walk
-        size = sum([len(name) + len(value) + _LINE_EXTRA_BYTES for name, value in headers])
-        if len(headers) > self._headers_max or size > self.config.h11_max_incomplete_size:
+        if len(headers) > self._headers_max:
             return "headers_too_large"
         if len(request.target) > TARGET_BYTES_MAX:
             return "target_too_long"
@@ -146,9 +197,12 @@ class Http1(H11Protocol):
         if data:
             await self.send(RawData(data))
 
-    async def _send_error_response(self, status_code: int) -> None:
-        """What the parser did not understand."""
-        await self._refuse(_PARSER_CODES.get(status_code, "bad_http"), has_body=self._sends_body)
+    async def _refuse_bytes(self, code: str) -> None:
+        """End the connection over bytes that cannot be read; answer them, unless an answer has begun."""
+        if self.connection.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            await self._close_stream()
+            await self._refuse(code, has_body=self._sends_body)
+        await self.send(Closed())
 
     async def _refuse(self, code: str, *, has_body: bool = True) -> None:
         metrics.refusals.labels(code).inc()
@@ -163,15 +217,14 @@ class Http1(H11Protocol):
         await self._send_h11_event(h11.EndOfMessage())
 
 
-def problem_headers(length: int) -> list[tuple[bytes, bytes]]:
-    """For a problem of `length` bytes after which the connection is closed."""
-    headers = {
-        "Content-Type": MEDIA_TYPE,
-        "Content-Length": str(length),
-        "Connection": "close",
-        "Cache-Control": "no-store",
-    }
-    return [(name.encode(), value.encode()) for name, value in headers.items()]
+def _body_length(request: h11.Request) -> int | None:
+    """The bytes of the body by `Content-Length`; None for chunks."""
+    for name, value in request.headers:
+        if name == b"content-length":
+            return int(value)
+        if name == b"transfer-encoding":
+            return None
+    return 0
 
 
 def _plain(request: h11.Request) -> tuple[list[tuple[bytes, bytes]], bytes]:

@@ -24,8 +24,8 @@ from hypercorn.events import Closed, Event, RawData, Updated
 
 from authd.config import Settings
 from authd.http.app import App
-from authd.http.problems import PROBLEMS, SECURITY_HEADERS, problem_body
-from authd.http.protocol import Http1, problem_headers
+from authd.http.problems import PROBLEMS, SECURITY_HEADERS, problem_body, problem_headers
+from authd.http.protocol import Http1
 from authd.observe import metrics
 
 LISTEN_BACKLOG = 1024
@@ -53,7 +53,7 @@ _log = structlog.get_logger()
 class HttpServer:
     def __init__(self, app: App, settings: Settings) -> None:
         self.settings = settings
-        self.config = _hypercorn_config(settings)
+        self.config = make_config(settings)
         self.context = WorkerContext(None)
         self.app = app
         self._connections: set[_Connection] = set()
@@ -112,9 +112,7 @@ class HttpServer:
 
     async def _serve(self, connection: "_Connection") -> None:
         try:
-            # One for all requests of the connection: Quart makes one for each where there is none.
-            async with self.app.app_context():
-                await connection.run()
+            await connection.run()
         except Exception as error:  # one connection's trouble is not the others'
             _log.error("fault", exc_info=error)
         finally:
@@ -343,7 +341,8 @@ def _date(second: int) -> bytes:
     return formatdate(second, usegmt=True).encode()
 
 
-def _hypercorn_config(settings: Settings) -> Config:
+def make_config(settings: Settings) -> Config:
+    """Return what the protocol asks Hypercorn's configuration for."""
     config = _Config()
     config.errorlog = None
     config.keep_alive_max_requests = REQUESTS_PER_CONNECTION_MAX

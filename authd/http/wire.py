@@ -1,5 +1,6 @@
 """What comes over the wire and how it is read: structs for JSON, one reader for forms."""
 
+from collections.abc import Sequence
 from typing import TypeVar
 from urllib.parse import parse_qsl
 
@@ -10,6 +11,8 @@ from authd.errors import InvalidRequest, MalformedRequest, Refusal
 from authd.sessions import LogoutScope, SessionView
 
 FORM_FIELDS_MAX = 32
+#: Taking a type with its parameters apart costs far more than its length in bytes suggests.
+CONTENT_TYPE_CHARS_MAX = 256
 
 
 class RegisterRequest(msgspec.Struct):
@@ -58,7 +61,7 @@ async def read_json(request: Request, kind: type[Body]) -> Body:
     """
     # Old clients may name no type at all; most name just this one, and to take it apart costs more than to compare it.
     if request.headers.get("Content-Type") != "application/json":
-        mimetype = request.mimetype
+        mimetype = _media_type(request, "application/json")
         if mimetype and mimetype != "application/json" and not mimetype.endswith("+json"):
             raise UnsupportedMediaType("application/json")
     body = await request.body
@@ -73,13 +76,29 @@ async def read_form(request: Request, *required: str) -> dict[str, str]:
 
     :raises UnsupportedMediaType, MalformedRequest, InvalidRequest: the last also for a field given twice.
     """
-    if request.mimetype != "application/x-www-form-urlencoded":
-        raise UnsupportedMediaType("application/x-www-form-urlencoded")
+    return form_fields(await read_form_pairs(request), *required)
+
+
+async def read_form_pairs(request: Request) -> list[tuple[str, str]]:
+    """Return the names and values of an urlencoded form, for `form_fields`.
+
+    :raises UnsupportedMediaType, MalformedRequest:
+    """
+    wanted = "application/x-www-form-urlencoded"
+    if _media_type(request, wanted) != wanted:
+        raise UnsupportedMediaType(wanted)
     body = await request.body
     try:
-        pairs = parse_qsl(body.decode(), errors="strict", max_num_fields=FORM_FIELDS_MAX)
+        return parse_qsl(body.decode(), errors="strict", max_num_fields=FORM_FIELDS_MAX)
     except ValueError:
         raise MalformedRequest("The body is not an urlencoded form in UTF-8.") from None
+
+
+def form_fields(pairs: Sequence[tuple[str, str]], *required: str) -> dict[str, str]:
+    """Return the fields of a form that has each of `required` once.
+
+    :raises InvalidRequest:
+    """
     fields = dict(pairs)
     errors = {name: "This field is required." for name in required if name not in fields}
     names = [name for name, _ in pairs]
@@ -92,12 +111,13 @@ async def read_form(request: Request, *required: str) -> dict[str, str]:
 async def read_logout_scope(request: Request) -> LogoutScope:
     """The `scope` of the query, or of a JSON body or a form; `all` where there is none, and old clients send none.
 
-    :raises MalformedRequest, InvalidRequest:
+    :raises UnsupportedMediaType, MalformedRequest, InvalidRequest:
     """
-    scope = request.args.get("scope")
-    if scope is None and request.mimetype == "application/x-www-form-urlencoded":
+    scope = _query_field(request, "scope")
+    mimetype = _media_type(request, "application/json") if scope is None else ""
+    if mimetype == "application/x-www-form-urlencoded":
         scope = (await read_form(request)).get("scope")
-    elif scope is None and request.mimetype == "application/json" and await request.body:
+    elif mimetype == "application/json" and await request.body:
         # Not by its length, which a chunked body does not tell: to overlook `current` there would end all.
         return (await read_json(request, LogoutRequest)).scope
     try:
@@ -108,6 +128,24 @@ async def read_logout_scope(request: Request) -> LogoutScope:
 
 def json_response(value: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, content_type="application/json")
+
+
+def _media_type(request: Request, wanted: str) -> str:
+    """The type of the body in lower case, without its parameters; empty where there is none.
+
+    :raises UnsupportedMediaType: over one too long to be looked at.
+    """
+    if len(request.headers.get("Content-Type", "")) > CONTENT_TYPE_CHARS_MAX:
+        raise UnsupportedMediaType(wanted)
+    return request.mimetype
+
+
+def _query_field(request: Request, name: str) -> str | None:
+    try:
+        pairs = parse_qsl(request.query_string.decode(), keep_blank_values=True, max_num_fields=FORM_FIELDS_MAX)
+    except ValueError:
+        raise MalformedRequest(f"The query is not UTF-8, or has more than {FORM_FIELDS_MAX} fields.") from None
+    return next((value for found, value in pairs if found == name), None)
 
 
 def _field_errors(body: bytes, kind: type[msgspec.Struct]) -> Refusal:

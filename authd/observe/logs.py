@@ -29,7 +29,9 @@ _QUIET = ("aiokafka", "asyncio", "hypercorn", "kafka", "quart")
 
 
 class RequestLine(msgspec.Struct, kw_only=True):
-    """The line that every answer leaves. `peer` is the socket's; `code` that of the problem, if it was one."""
+    """The line that every answer leaves. `peer` is the socket's address, `address` the client's, which differs behind a
+    trusted proxy; `code` that of the problem, if it was one.
+    """
 
     request_id: str
     method: str
@@ -37,6 +39,7 @@ class RequestLine(msgspec.Struct, kw_only=True):
     status: int
     ms: float
     peer: str
+    address: str
     code: str | msgspec.UnsetType = msgspec.UNSET
     event: str = "request"
     level: str = "info"

@@ -9,6 +9,9 @@ request_seconds = Histogram(
     "authd_http_request_seconds", "Time to answer, by route.", ["route"], buckets=_REQUEST_BUCKETS
 )
 refusals = Counter("authd_refusals_total", "Problems answered, by stable code.", ["code"])
+forwarded_unusable = Counter(
+    "authd_forwarded_unusable_total", "Requests of a trusted proxy whose X-Forwarded-For holds no usable hop."
+)
 connections = Gauge("authd_http_connections", "Connections that are open.", multiprocess_mode="livesum")
 connections_ended = Counter(
     "authd_http_connections_ended_total", "Connections that the limit turned away or closed, by how.", ["how"]
