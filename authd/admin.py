@@ -35,6 +35,17 @@ async def migrate(settings: Settings) -> int:
     return 0
 
 
+async def restored(settings: Settings) -> int:
+    """What has to be done once after Postgres was restored from a backup, before the first replica starts."""
+    await migrate(settings)  # the backup may be of an older version
+    async with open_database(settings) as database:
+        done = await PostgresStores(settings, database).deployment.mark_restored()
+    _say(f"New users get ids above {done.last_user_id}.")
+    _say(f"Restored at {done.restored_at.isoformat(timespec='seconds')}; the log of endings is {done.log_id} now.")
+    _say(f"Delete the keys authd:{settings.deployment}:* in Redis before a replica starts.")
+    return 0
+
+
 async def check(settings: Settings) -> int:
     """One line for each part; 1 when one is away without which requests fail."""
     status = 0

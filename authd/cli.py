@@ -1,4 +1,4 @@
-"""The commands: serve, dev, migrate, check, users, clients, keys, outbox."""
+"""The commands: serve, dev, migrate, restored, check, users, clients, keys, outbox."""
 
 import argparse
 import os
@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
 
     migrate = commands.add_parser("migrate", help="bring the schema up to date (serve does so too)")
     migrate.set_defaults(command=lambda _: _run(admin.migrate))
+
+    restored = commands.add_parser("restored", help="run once after Postgres was restored from a backup")
+    restored.set_defaults(command=lambda _: _run(admin.restored))
 
     check = commands.add_parser("check", help="say whether the settings are usable and every part answers")
     check.set_defaults(command=lambda _: _run(admin.check))

@@ -6,6 +6,7 @@ from authd.announcements import EventFactory
 from authd.config import Settings
 from authd.postgres.clients import Clients
 from authd.postgres.database import Database
+from authd.postgres.deployment import Deployment
 from authd.postgres.keys import Keys
 from authd.postgres.outbox import Outbox
 from authd.postgres.relay import RelayStore
@@ -30,6 +31,7 @@ class PostgresStores:
         self.outbox = Outbox(database)
         self.keys = Keys(database)
         self.clients = Clients(database)
+        self.deployment = Deployment(database)
 
 
 class RedisStores:

@@ -41,6 +41,7 @@ class Node:
     decided: RedisStores = field(init=False)
     feed: RevocationFeed = field(init=False)
     relay: EventRelay = field(init=False)
+    _subjects: dict[int, Subject] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.remembered = PostgresStores(self.settings, self.database)
@@ -60,6 +61,7 @@ class Node:
         user = await self.remembered.users.insert(name, name, full_name, "hash")
         assert user is not None
         self.offer_lane(user.id % BUCKETS)
+        await self.subject(user.id)
         return user.id
 
     async def add_user(self, user_id: int) -> int:
@@ -70,12 +72,15 @@ class Node:
             user_id,
             f"{user_id}@example.org",
         )
+        await self.subject(user_id)
         return user_id
 
     async def subject(self, user_id: int) -> Subject:
-        """Who has the id now."""
-        (row,) = await self.database.fetch("SELECT incarnation FROM users WHERE id = $1", user_id)
-        return Subject(user_id, row["incarnation"])
+        """Who has the id, known from the registration on, for Postgres may be away later."""
+        if user_id not in self._subjects:
+            (row,) = await self.database.fetch("SELECT incarnation FROM users WHERE id = $1", user_id)
+            self._subjects[user_id] = Subject(user_id, row["incarnation"])
+        return self._subjects[user_id]
 
     async def open(self, user_id: int, epoch: int = 1, *, offer: bool = True) -> LiveSession:
         """What a login does in Redis; what it evicts is left to the relay."""

@@ -328,6 +328,19 @@ async def test_another_password_ends_its_use_and_a_renewed_hash_does_not(make: M
     assert await defence.outcome(user.username, PASSWORD, HOME, token) == "login_locked"
 
 
+async def test_disabling_a_user_ends_the_use_of_its_device_tokens(make: Make) -> None:
+    """Who disables an account because its browser was stolen does not give the thief's token back by enabling it."""
+    defence = await make(account_max_failures=4)
+    user = await defence.new_user()
+    token = (await defence.check(user.username)).device_token
+    for disabled in (True, False):
+        assert await defence.users.set_disabled(user.username, disabled=disabled) is not None
+    fresh = (await defence.check(user.username)).device_token
+    await defence.lock_account(user)
+    assert await defence.outcome(user.username, PASSWORD, HOME, token) == "login_locked"
+    assert await defence.outcome(user.username, PASSWORD, HOME, fresh) == "ok"
+
+
 async def test_a_stolen_token_gives_fifteen_guesses_and_the_owners_logins_give_no_more(
     make: Make, hashes: list[bytes]
 ) -> None:

@@ -56,6 +56,29 @@ async def test_replicas_that_start_together_run_each_migration_once(empty: Setti
     assert sorted(runs) == [[], [], NAMES]
 
 
+async def test_users_and_endings_of_before_get_their_incarnation(empty: Settings) -> None:
+    connection = await asyncpg.connect(empty.database_url.reveal())
+    await connection.execute(
+        "CREATE TABLE authd_migrations (name text PRIMARY KEY, applied_at timestamptz DEFAULT now())"
+    )
+    for name in [name for name in NAMES if name < "0005"]:
+        await connection.execute((files("authd.postgres") / "migrations" / name).read_text("utf-8"))
+        await connection.execute("INSERT INTO authd_migrations VALUES ($1)", name)
+    await connection.execute(
+        "INSERT INTO users (username, username_key, full_name, password_hash)"
+        " SELECT n::text, n::text, '', '' FROM generate_series(1, 3) n;"
+        "INSERT INTO revocations (bucket, number, user_id, epoch, reason, expires_at)"
+        " SELECT n, 1, n, 2, 'logout', now() FROM generate_series(1, 4) n"
+    )
+    await connection.close()
+    assert await migrate(empty) == [name for name in NAMES if name >= "0005"]
+    users = {row["id"]: row["incarnation"] for row in await run(empty, "SELECT id, incarnation FROM users")}
+    assert len(set(users.values())) == 3 and all(0 < incarnation < 2**32 for incarnation in users.values())
+    rows = await run(empty, "SELECT user_id, incarnation FROM revocations")
+    # The user of the fourth is gone.
+    assert {row["user_id"]: row["incarnation"] for row in rows} == users | {4: 0}
+
+
 async def test_a_database_of_a_newer_authd_is_left_alone(empty: Settings) -> None:
     await migrate(empty)
     await run(empty, "INSERT INTO authd_migrations (name) VALUES ('9999_from_the_future.sql')")

@@ -341,7 +341,7 @@ async def test_an_applied_ending_is_dead_at_once_though_nobody_waited(make_node:
         return node.feed.head(user % BUCKETS) == 1
 
     await until(is_applied)
-    assert not isinstance(await node.decided.sessions.inspect(user, first.id, 0), Live)
+    assert not isinstance(await node.decided.sessions.inspect(await node.subject(user), first.id, 0), Live)
 
 
 async def lock_a_pair(node: Node, user_id: int) -> None:

@@ -277,6 +277,19 @@ async def test_a_login_that_verifies_while_all_sessions_end_opens_none_with_the_
         assert await world.outcome(replies[0].refresh_token) == "ok"
 
 
+async def test_a_hash_that_a_parallel_login_renewed_is_no_other_password(world: World) -> None:
+    """All sessions end while a login holds the row of before, and another login has renewed the hash meanwhile."""
+    user = await world.register()
+    await world.end_all(user)
+    assert await world.users.set_password_hash(user.id, user.password_hash, hash_password(PASSWORD, 4))
+    pair = await world.open(user)
+    assert await world.bearer(pair.access_token) == "ok"
+    await world.database.fetch("UPDATE users SET password_version = password_version + 1 WHERE id = $1", user.id)
+    await world.end_all(user)
+    with pytest.raises(InvalidCredentials):
+        await world.open(user)
+
+
 @pytest.mark.proof
 async def test_a_rebuild_that_races_a_logout_leaves_no_live_token(world: World) -> None:
     users = [await world.register() for _ in range(LANES)]

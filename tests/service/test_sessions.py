@@ -12,6 +12,7 @@ from blockbuster import BlockBuster
 from service.world import (
     CLIENT,
     EXPIRES,
+    GRACE_S,
     LIVE,
     LOGGED,
     UNLOGGED,
@@ -87,6 +88,39 @@ async def test_a_tab_that_is_two_rotations_late_is_superseded_and_nothing_ends(w
     assert await world.bearer(third.access_token) == "ok"
     assert await world.outcome(third.refresh_token) == "ok"
     assert await world.rows(user.id) == []
+
+
+async def test_a_clock_that_was_set_back_makes_no_long_grace_and_no_theft(world: World) -> None:
+    """As if Redis's clock had been set back by an hour since the last rotation: what it stored is ahead of it."""
+    user = await world.register()
+    first = await world.login(user)
+    second = await world.refresh(first.refresh_token)
+    session_id, issued_ms = world.token(second).session_id, world.token(second).issued_ms
+    ahead_ms = issued_ms + 3_600_000
+    await world.change(user.id, session_id, issued=ahead_ms)
+    value = await world.values(user.id)
+    # How old it is nobody knows: it gets no successor, and it ends nothing.
+    assert await world.outcome(first.refresh_token) == "refresh_token_superseded"
+    assert await world.values(user.id) == value
+    assert await world.rows(user.id) == []
+    # The newest goes on, and from then on all is as ever.
+    newest = msgspec.structs.replace(world.token(second), issued_ms=ahead_ms)
+    third = await world.refresh(world.mint.make_refresh(newest))
+    assert world.token(third).issued_ms < ahead_ms
+    assert (await world.refresh(world.mint.make_refresh(newest))).refresh_token == third.refresh_token
+    # What is older than it is a theft again, once the grace is over.
+    await world.change(user.id, session_id, issued=issued_ms - 1000 * GRACE_S)
+    assert await world.outcome(first.refresh_token) == "refresh_token_reused"
+
+
+async def test_a_clock_that_is_slewed_by_less_than_a_second_is_no_step(world: World) -> None:
+    user = await world.register()
+    first = await world.login(user)
+    second = await world.refresh(first.refresh_token)
+    issued_ms = await world.now_ms() + 900
+    await world.change(user.id, world.token(second).session_id, issued=issued_ms)
+    again = world.token(await world.refresh(first.refresh_token))
+    assert again == msgspec.structs.replace(world.token(second), issued_ms=issued_ms)
 
 
 @pytest.mark.parametrize("age", [1, 2])
