@@ -150,20 +150,21 @@ def _query_field(request: Request, name: str) -> str | None:
 
 def _field_errors(body: bytes, kind: type[msgspec.Struct]) -> Refusal:
     """Every field that is missing or of a wrong type: msgspec itself stops at the first, and reads no further."""
+    errors = {}
     try:
-        raw = msgspec.json.decode(body)
+        # Raw, so that nothing is built of what nobody asked for: a body of empty lists takes 50 ms otherwise.
+        members = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        for field in msgspec.structs.fields(kind):
+            if field.encode_name not in members:
+                if field.required:
+                    errors[field.encode_name] = "This field is required."
+                continue
+            try:
+                msgspec.json.decode(members[field.encode_name], type=field.type)
+            except msgspec.ValidationError:
+                errors[field.encode_name] = "This field has a wrong type."
+    except msgspec.ValidationError:
+        return MalformedRequest("The body is not a JSON object.")
     except (ValueError, RecursionError):
         return MalformedRequest("The body is not JSON in UTF-8.")
-    if not isinstance(raw, dict):
-        return MalformedRequest("The body is not a JSON object.")
-    errors = {}
-    for field in msgspec.structs.fields(kind):
-        if field.encode_name not in raw:
-            if field.required:
-                errors[field.encode_name] = "This field is required."
-            continue
-        try:
-            msgspec.convert(raw[field.encode_name], field.type)
-        except msgspec.ValidationError:
-            errors[field.encode_name] = "This field has a wrong type."
     return InvalidRequest(errors)
