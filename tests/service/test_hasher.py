@@ -29,7 +29,9 @@ T = TypeVar("T")
 
 
 @asynccontextmanager
-async def running(*, threads: int = 2, queue_max: int = 1000, deadline_s: float = 14.0) -> AsyncIterator[Hasher]:
+async def running(
+    *, threads: int = 2, queue_max: int = 1000, deadline_s: float = 14.0, refusal_pause_s: float = 0.0
+) -> AsyncIterator[Hasher]:
     hasher = Hasher(
         Settings(
             database_url=Secret("-"),
@@ -39,7 +41,8 @@ async def running(*, threads: int = 2, queue_max: int = 1000, deadline_s: float 
             hash_threads=threads,
             hash_queue_max=queue_max,
             hash_deadline_s=deadline_s,
-        )
+        ),
+        refusal_pause_s=refusal_pause_s,
     )
     with anyio.fail_after(PATIENCE_S):
         async with anyio.create_task_group() as tree:
@@ -355,6 +358,16 @@ async def test_a_full_queue_gives_a_newcomer_the_place_of_who_holds_most() -> No
             gate.opened.set()
             assert await victim == "victim"
         assert order.names.count("flood") == 7
+
+
+async def test_who_is_refused_for_the_load_is_told_so_after_a_pause() -> None:
+    pause_s = 0.3
+    floods = [Steps().job(str, address=ATTACKER)]
+    async with running(threads=1, queue_max=1, refusal_pause_s=pause_s) as hasher, flooded(hasher, floods):
+        before, asked_at = refusals("full"), anyio.current_time()
+        await refused(ask(hasher, Steps().job(str, address=ATTACKER)))
+        assert refusals("full") == before + 1
+        assert anyio.current_time() - asked_at >= pause_s
 
 
 async def test_sixty_logins_of_one_user_at_once_are_hashed_with_the_default_queue() -> None:
