@@ -55,10 +55,19 @@ class Play:
         left = self.queue.add(job, path, cost, self.now + 3 if is_paused else None)
         if left is not job:
             self.waiting[job] = None
+        else:
+            self.assert_refused_rightly(path)
         if left is not None:
             self.waiting.pop(left, None)
             self.ends[left] += 1
         return job if left is not job else None
+
+    def assert_refused_rightly(self, path: Path) -> None:
+        """On no level is there a holder that has more than that of the refused job would have had."""
+        assert len(self.waiting) == self.size_max
+        for level in LEVELS:
+            beside = Counter(job.path[:level] for job in self.waiting if job.path[: level - 1] == path[: level - 1])
+            assert max(beside.values(), default=0) <= beside[path[:level]] + 1
 
     def take(self) -> Job | None:
         self.now += 1
@@ -99,7 +108,9 @@ class Play:
 
 
 @given(histories, st.integers(1, 12))
-def test_every_job_ends_once_and_no_more_than_the_bound_wait(history: list[tuple[Any, ...]], size_max: int) -> None:
+def test_every_job_ends_once_no_more_than_the_bound_wait_and_only_the_biggest_are_refused(
+    history: list[tuple[Any, ...]], size_max: int
+) -> None:
     play = Play(size_max)
     for step in history:
         play.act(*step)
