@@ -147,7 +147,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     address_max_failures: Annotated[int, Meta(ge=1, le=100_000)] = 300
     bcrypt_cost: Annotated[int, Meta(ge=4, le=18)] = 12
     hash_threads: Annotated[int, Meta(ge=0, le=256)] = 0
-    hash_queue_max: Count = 256
+    #: Not more: each arrival looks at every network that waits.
+    hash_queue_max: Annotated[int, Meta(ge=1, le=10_000)] = 256
     hash_deadline_s: Timeout = 10.0
 
     # Logs

@@ -26,8 +26,8 @@ class _Holder(Generic[T]):
     key: str
     parent: "_Holder[T] | None" = None
     weight: float = 1.0
-    #: Those that hold jobs. Of equal tags the first is served: who came, or was served, longest ago.
-    children: "OrderedDict[str, _Holder[T]]" = field(default_factory=OrderedDict)
+    #: Those that hold jobs.
+    children: "dict[str, _Holder[T]]" = field(default_factory=dict)
     #: A leaf's items and the seconds that each takes, in order.
     ready: OrderedDict[T, float] = field(default_factory=OrderedDict)
     paused: OrderedDict[T, float] = field(default_factory=OrderedDict)
@@ -96,7 +96,6 @@ class FairQueue(Generic[T]):
             holder.start_s = holder.tag_s
             # A holder whose long job waited, and that then had a short one before it, may be behind the clock.
             parent.clock_s = max(parent.clock_s, holder.tag_s)
-            parent.children.move_to_end(holder.key)
         if not holder.ready:
             return None
         item = next(iter(holder.ready))
@@ -196,7 +195,6 @@ class FairQueue(Generic[T]):
             holder.tag_s = inf
             return
         if holder.tag_s == inf:
-            parent.children.move_to_end(holder.key)
             holder.start_s = max(holder.start_s, parent.clock_s)
         holder.tag_s = holder.start_s + holder.head_s / holder.weight
 

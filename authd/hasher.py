@@ -28,6 +28,9 @@ from authd.passwords import Effort, effort_to_hash, effort_to_verify, hash_passw
 
 #: A job that has to wait for other attempts is asked again after this.
 ADMISSION_PAUSE_S = 0.05
+#: Who is refused for the load is told so no sooner than this after it came: else a few hundred connections that ask
+#: again at once would fill the event loop with refusals, and everybody's login would wait for that.
+REFUSAL_PAUSE_S = 1.0
 #: For each thread a task that hashes, and another that settles meanwhile what was hashed before.
 OWNERS_PER_THREAD = 2
 #: While both queues have jobs, known devices get three seconds of hashing for each one of the others.
@@ -101,6 +104,13 @@ class _Entry:
     started_at: float = math.inf
 
 
+class _Overloaded(Exception):
+    """There is no place for the job, or none any more. Its asker gets an `Unavailable`."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        self.retry_after_s = retry_after_s
+
+
 class Hasher:
     """Hashes on a bounded number of threads, fed from two bounded queues, by tasks that outlive the requests.
 
@@ -112,15 +122,16 @@ class Hasher:
     of right logins, makes nobody of another network wait for more than one hash of each network that floods. A job of
     who holds little displaces, in a full queue, the newest job of who holds most.
 
-    All methods raise `Unavailable("hashing")`: at once when the job's queue is full and nobody holds more of it, or
-    when the work before the job's turn will take longer than `hash_deadline_s`; when it was displaced; and when it was
-    not admitted within that time.
+    All methods raise `Unavailable("hashing")`: when the job's queue is full and nobody holds more of it, when the work
+    before the job's turn will take longer than `hash_deadline_s`, and when it was displaced, though no sooner than
+    `refusal_pause_s` after it came; when it was not admitted within `hash_deadline_s`; and at the shutdown.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, refusal_pause_s: float = REFUSAL_PAUSE_S) -> None:
         self._cost = settings.bcrypt_cost
         self._threads = settings.hash_threads_per_worker
         self._deadline_s = settings.hash_deadline_s
+        self._refusal_pause_s = min(refusal_pause_s, self._deadline_s)
         self._limiter = CapacityLimiter(self._threads)
         self._free_threads = Semaphore(self._threads)
         self._queue: FairQueue[_Entry] = FairQueue(WEIGHTS, settings.hash_queue_max)
@@ -143,7 +154,7 @@ class Hasher:
             self._is_open = False
             for entry in self._queue.clear():
                 _count_waiting(entry, -1)
-                self._answer(entry, error=self._refusal("stopped", entry.job))
+                self._answer(entry, error=self._stopped(entry.job))
 
     async def hash(
         self,
@@ -161,6 +172,14 @@ class Hasher:
 
     async def run_job(self, job: Job[T, R]) -> R:
         """What `job.settle` returned. Raises what any of the job's steps raised, too."""
+        came_at = anyio.current_time()
+        try:
+            return await self._run(job)
+        except _Overloaded as refusal:
+            await anyio.sleep_until(came_at + self._refusal_pause_s)
+            raise Unavailable("hashing", refusal.retry_after_s) from None
+
+    async def _run(self, job: Job[T, R]) -> R:
         entry = self._enqueue(job)
         try:
             with entry.scope:
@@ -171,21 +190,21 @@ class Hasher:
                 _count_waiting(entry, -1)
                 _count_refusal("deadline" if entry.scope.cancel_called else "left", job)
         if entry.asker_left:
-            raise self._busy(job)
+            raise Unavailable("hashing", self._retry_after_s(job))
         if entry.error is not None:
             raise entry.error
         return cast(R, entry.result)
 
     def _enqueue(self, job: Job[Any, Any]) -> _Entry:
         if not self._is_open:
-            raise self._refusal("stopped", job)
+            raise self._stopped(job)
         if self._wait_s(job) > self._deadline_s:
-            raise self._refusal("estimate", job)
+            raise self._overloaded("estimate", job)
         now = anyio.current_time()
         scope = CancelScope(deadline=now + self._deadline_s)
         entry = _Entry(job, job.path, self._times.of(job.effort), now, scope)
         if not self._put(entry):
-            raise self._refusal("full", job)
+            raise self._overloaded("full", job)
         self._arrival.set()
         self._arrival = Event()
         return entry
@@ -198,7 +217,7 @@ class Hasher:
         _count_waiting(entry, 1)
         if left is not None:
             _count_waiting(left, -1)
-            self._answer(left, error=self._refusal("displaced", left.job))
+            self._answer(left, error=self._overloaded("displaced", left.job))
         return True
 
     async def _own_jobs(self) -> None:
@@ -231,7 +250,7 @@ class Hasher:
         if admission is Admission.HASH:
             return await self._hash_and_settle(entry, thread)
         if not entry.asker_left and not self._put(entry, anyio.current_time() + ADMISSION_PAUSE_S):
-            self._answer(entry, error=self._refusal("full", entry.job))
+            self._answer(entry, error=self._overloaded("full", entry.job))
         return None
 
     async def _hash_and_settle(self, entry: _Entry, thread: AsyncExitStack) -> None:
@@ -277,12 +296,16 @@ class Hasher:
         waiting = self._queue.work_ahead_s(job.path, self._times.of(job.effort))
         return (sum(max(0.0, left) for left in running) + waiting) / self._threads
 
-    def _refusal(self, reason: str, job: Job[Any, Any]) -> Unavailable:
+    def _overloaded(self, reason: str, job: Job[Any, Any]) -> _Overloaded:
         _count_refusal(reason, job)
-        return self._busy(job)
+        return _Overloaded(self._retry_after_s(job))
 
-    def _busy(self, job: Job[Any, Any]) -> Unavailable:
-        return Unavailable("hashing", max(1, math.ceil(self._wait_s(job))))
+    def _stopped(self, job: Job[Any, Any]) -> Unavailable:
+        _count_refusal("stopped", job)
+        return Unavailable("hashing", self._retry_after_s(job))
+
+    def _retry_after_s(self, job: Job[Any, Any]) -> int:
+        return max(1, math.ceil(self._wait_s(job)))
 
 
 async def _keep(value: T | None) -> T:

@@ -1,6 +1,6 @@
 """Floods of logins that break no rule and lock nothing: everybody else still gets in, at every try.
 
-Hashes are as long as 100 of them fill the deadline, on one thread. Each flood asks again as soon as it is answered.
+The connections of a flood are more than the queue has places, and each asks again as soon as it is answered.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ async def service(services: Services) -> AsyncIterator[ServiceProcess]:
     settings = {
         "AUTHD_BCRYPT_COST": "9",
         "AUTHD_HASH_THREADS": "1",
-        "AUTHD_HASH_DEADLINE_S": "3",
+        "AUTHD_HASH_QUEUE_MAX": "100",
         # No lock ends the flood, as an attacker with as many addresses would have it.
         "AUTHD_ADDRESS_MAX_FAILURES": "100000",
     }
@@ -114,7 +114,9 @@ def outcome(answer: httpx.Response) -> str:
     return "ok" if answer.status_code in (200, 201) else str(answer.json()["code"])
 
 
-async def prepare(service: ServiceProcess, address: str) -> Callable[[], Awaitable[Counter[str]]]:
+async def prepare(
+    service: ServiceProcess, address: str, *, registers: bool = True
+) -> Callable[[], Awaitable[list[str]]]:
     """A call that logs in as often as TRIES, with a device token and without, and registers; made before the flood."""
     async with Client(service, address) as api:
         account = await api.new_account()
@@ -129,20 +131,24 @@ async def prepare(service: ServiceProcess, address: str) -> Callable[[], Awaitab
             username = f"{secrets.token_hex(8)}@example.com"
             return [outcome(await api.register(username, account.password))]
 
-    async def try_all() -> Counter[str]:
-        known, unknown, registered = await asyncio.gather(log_in(device_token=token), log_in(), register())
-        return Counter(known + unknown + registered)
+    async def try_all() -> list[str]:
+        calls = [log_in(device_token=token), log_in(), *([register()] if registers else [])]
+        return [one for outcomes in await asyncio.gather(*calls) for one in outcomes]
 
     return try_all
 
 
 async def assert_the_victim_gets_in(
-    service: ServiceProcess, parts: list[tuple[str, Callable[[], Request]]], address: str = VICTIM
+    service: ServiceProcess,
+    parts: list[tuple[str, Callable[[], Request]]],
+    address: str = VICTIM,
+    *,
+    registers: bool = True,
 ) -> None:
-    try_all = await prepare(service, address)
+    try_all = await prepare(service, address, registers=registers)
     async with flood(service, *parts) as seen:
         before = seen.copy()
-        assert await try_all() == {"ok": 2 * TRIES + 1}
+        assert set(await try_all()) == {"ok"}
         during = seen - before
     # The flood went on, was served as it may be, and was refused beyond.
     assert during[503] > 0 and set(during) <= {200, 201, 401, 503}, during
@@ -167,4 +173,5 @@ async def test_a_flood_keeps_out_no_other_address_of_its_network_and_no_other_ac
 ) -> None:
     parts = [(ATTACKER, await own_logins(service, ATTACKER)), (ATTACKER, registration)]
     await assert_the_victim_gets_in(service, parts, NEIGHBOUR)
-    await assert_the_victim_gets_in(service, parts, ATTACKER)
+    # All registrations of an address are one line: the flood's are before the victim's.
+    await assert_the_victim_gets_in(service, parts, ATTACKER, registers=False)

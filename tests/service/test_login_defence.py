@@ -215,6 +215,28 @@ async def test_one_accounts_flood_leaves_the_others_their_hashes(make: Make) -> 
     assert outcomes.keys() == {"ok", "login_busy", "invalid_credentials"}
 
 
+async def test_a_flood_of_one_address_keeps_nobody_out(make: Make) -> None:
+    defence = await make(hash_threads=1, hash_queue_max=20, address_max_failures=10_000)
+    victim, own = await defence.new_user(), [await defence.new_user() for _ in range(5)]
+    known = (await defence.check(victim.username)).device_token
+    tokens = [(await defence.check(user.username, address=ELSEWHERE)).device_token for user in own]
+    flood = [partial(defence.outcome, f"nobody{number}@example.org") for number in range(100)]
+    flood += [partial(defence.register, address=ELSEWHERE) for _ in range(100)]
+    for user, token in zip(own, tokens, strict=True):
+        flood += [partial(defence.outcome, user.username, PASSWORD, ELSEWHERE, token) for _ in range(20)]
+    victims: Counter[str] = Counter()
+
+    async def be_the_victim(call: Callable[[], Awaitable[str]]) -> str:
+        victims[await call()] += 1
+        return "tried"
+
+    logins = [partial(defence.outcome, victim.username, PASSWORD, HOME, token) for token in ("", known) * 5]
+    tries = [partial(be_the_victim, call) for call in (*logins, partial(defence.register, address=HOME))]
+    outcomes = await all_at_once([*flood, *tries])
+    assert victims == {"ok": 11}
+    assert outcomes["login_busy"] > 100
+
+
 async def test_a_guesser_who_hangs_up_is_counted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     defence = await make(max_login_attempts=3)
     user = await defence.new_user()

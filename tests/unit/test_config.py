@@ -31,7 +31,7 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "address_max_failures": (1, 100_000),
     "bcrypt_cost": (4, 18),
     "hash_threads": (0, 256),
-    "hash_queue_max": (1, 1_000_000),
+    "hash_queue_max": (1, 10_000),
     "log_days": (1, 3650),
     "unready_s": (0, 300),
     "headers_max": (16, 1000),

@@ -55,10 +55,19 @@ class Play:
         left = self.queue.add(job, path, cost, self.now + 3 if is_paused else None)
         if left is not job:
             self.waiting[job] = None
+        else:
+            self.assert_refused_rightly(path)
         if left is not None:
             self.waiting.pop(left, None)
             self.ends[left] += 1
         return job if left is not job else None
+
+    def assert_refused_rightly(self, path: Path) -> None:
+        """On no level is there a holder that has more than that of the refused job would have had."""
+        assert len(self.waiting) == self.size_max
+        for level in LEVELS:
+            beside = Counter(job.path[:level] for job in self.waiting if job.path[: level - 1] == path[: level - 1])
+            assert max(beside.values(), default=0) <= beside[path[:level]] + 1
 
     def take(self) -> Job | None:
         self.now += 1
@@ -99,7 +108,9 @@ class Play:
 
 
 @given(histories, st.integers(1, 12))
-def test_every_job_ends_once_and_no_more_than_the_bound_wait(history: list[tuple[Any, ...]], size_max: int) -> None:
+def test_every_job_ends_once_no_more_than_the_bound_wait_and_only_the_biggest_are_refused(
+    history: list[tuple[Any, ...]], size_max: int
+) -> None:
     play = Play(size_max)
     for step in history:
         play.act(*step)
@@ -146,16 +157,20 @@ def test_jobs_of_one_cost_are_served_in_turn(history: list[tuple[Any, ...]]) -> 
     assert longest_waits(alike, lambda job: 1) <= 1
 
 
-@given(histories, st.sampled_from(NETWORKS), st.integers(1, LONGEST))
+@given(
+    st.lists(st.tuples(st.sampled_from(NETWORKS[:6]), st.integers(1, LONGEST)), min_size=20, max_size=60),
+    st.integers(0, 19),
+    st.sampled_from(NETWORKS),
+    st.integers(1, LONGEST),
+)
 def test_the_work_ahead_is_what_is_served_before_if_nothing_comes_after(
-    history: list[tuple[Any, ...]], path: Path, cost: int
+    jobs: list[tuple[Path, int]], served: int, path: Path, cost: int
 ) -> None:
     play = Play()
-    for step in history:
-        play.act(*step)
-    for job in list(play.queue._paused):
-        play.queue.discard(job)
-        del play.waiting[job]
+    for job in jobs:
+        play.add(*job)
+    for _ in range(served):
+        play.take()
     foretold = play.queue.work_ahead_s(path, cost)
     beside = {job.path[:level] for job in play.waiting for level in LEVELS}
     mine = play.add(path, cost)
