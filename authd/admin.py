@@ -12,12 +12,13 @@ from authd.clients import FRESH_S, ClientRegistry
 from authd.config import Settings
 from authd.errors import Unavailable
 from authd.kafka.producer import Producer
-from authd.keys import KeyKeeper
+from authd.keys import DATA, KeyKeeper
 from authd.passwords import COST_MAX, verify_password
 from authd.postgres.database import open_database
 from authd.postgres.migrate import migrate as run_migrations
 from authd.postgres.outbox import PARKED_ROWS
 from authd.redis.client import NO_EVICTION, open_redis
+from authd.redis.sessions import SessionStore
 from authd.revocations import RevocationFeed
 from authd.runtime import running
 from authd.stores import PostgresStores, RedisStores
@@ -92,8 +93,9 @@ async def enable_user(settings: Settings, username: str) -> int:
 async def unlock_user(settings: Settings, username: str, address: str | None) -> int:
     """Forget the failures of the account, and of its pair with the address. What stays locked is said."""
     account = username_key(username)
-    async with open_redis(settings) as redis:
-        throttle = RedisStores(settings, redis).throttle
+    async with open_database(settings) as database, open_redis(settings) as redis:
+        ring = await KeyKeeper(settings, PostgresStores(settings, database).keys).load()
+        throttle = RedisStores(settings, redis, ring.digest_key()).throttle
         forgiven = await throttle.forgive(account, address)
         _say(f"Account: forgot {forgiven.account} failures.")
         if address is None:
@@ -130,16 +132,17 @@ async def remove_client(settings: Settings, client_id: str) -> int:
 
 async def list_keys(settings: Settings) -> int:
     async with open_database(settings) as database:
-        for key in await PostgresStores(settings, database).keys.load():
+        for key in await KeyKeeper(settings, PostgresStores(settings, database).keys).read():
             since = max(key.active_at, key.created_at).isoformat(timespec="seconds")
-            _say(f"{key.kid}  {key.purpose:8}  counts from {since}")
+            use = "never rotates; made" if key.purpose == DATA else "signs from"
+            _say(f"{key.kid}  {key.purpose:8}  {use} {since}")
     return 0
 
 
 async def rotate_keys(settings: Settings) -> int:
     async with open_database(settings) as database:
         for kid in await KeyKeeper(settings, PostgresStores(settings, database).keys).rotate():
-            _say(f"{kid}  published; counts in {settings.key_publish_s} s")
+            _say(f"{kid}  published; signs in {settings.key_publish_s} s")
     return 0
 
 
@@ -185,7 +188,7 @@ async def _set_disabled(settings: Settings, username: str, *, disabled: bool) ->
         row = await stores.users.set_disabled(username_key(username), disabled=disabled)
         if row is None:
             return _no_user("or it is so already")
-        feed = RevocationFeed(stores.revocations, RedisStores(settings, redis).sessions)
+        feed = RevocationFeed(stores.revocations, SessionStore(redis, settings))
         async with running(feed.run):
             try:
                 await feed.applied(row.bucket, row.number)

@@ -91,6 +91,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     unready_s: Annotated[float, Meta(ge=0, le=300)] = 0.0
     drain_s: Timeout = 20.0
     start_timeout_s: Timeout = 60.0
+    clock_skew_max_s: Timeout = 5.0
     body_max_bytes: Annotated[int, Meta(ge=4096, le=1_048_576)] = 16_384
     header_max_bytes: Annotated[int, Meta(ge=4096, le=262_144)] = 16_384
     headers_max: Annotated[int, Meta(ge=16, le=1000)] = 100

@@ -3,11 +3,15 @@
 A new key is published at once and signs only `key_publish_s` later: by then every replica has read it and every
 verifier has fetched the JWKS again. An old key stays until the last token made with it has expired. So which key is
 next, current or previous follows from the times in the table and is stored nowhere.
+
+The times are Postgres's. A replica learns at each read how far its own clock is from that one, and signs by it. It
+deletes nothing while the two disagree, since one of them is wrong and a deleted key does not come back.
 """
 
 import secrets
+import time
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 import anyio
 import structlog
@@ -16,9 +20,11 @@ from anyio.abc import TaskStatus
 from authd.config import Settings
 from authd.devices import DEVICE_TTL_S
 from authd.errors import Unavailable
-from authd.postgres.keys import Keys, NewKey, StoredKey
+from authd.postgres.keys import Keys, Lives, NewKey, StoredKey
 from authd.tokens import (
     Algorithm,
+    Clock,
+    DataKey,
     InvalidToken,
     KeyRing,
     KeySeal,
@@ -29,8 +35,9 @@ from authd.tokens import (
     shared_signing_key,
 )
 
-MAC_KEY_BYTES = 32
-MAC = "mac"
+RANDOM_KEY_BYTES = 32
+MAC, DATA = "mac", "data"
+PURPOSES = {MAC, DATA, "ES256", "Ed25519"}
 #: A key outlives its last token by this: clocks differ.
 EXPIRY_MARGIN = timedelta(minutes=5)
 #: Reads of the table within the time that a key is published before it signs.
@@ -45,47 +52,68 @@ class SealedByAnotherSecret(Exception):
 
 
 class KeyKeeper:
-    def __init__(self, settings: Settings, keys: Keys) -> None:
+    """Makes, seals, rotates and reads the keys of a deployment. `clock`: this process's, in epoch seconds."""
+
+    def __init__(self, settings: Settings, keys: Keys, clock: Clock = time.time) -> None:
         self._settings = settings
         self._keys = keys
+        self._clock = clock
         self._seal = KeySeal(settings.secret, settings.secret_previous)
         self._publish = timedelta(seconds=settings.key_publish_s)
         self._max_age = timedelta(seconds=settings.key_max_age_s)
+        self._lives = Lives(
+            mac=timedelta(seconds=max(settings.refresh_ttl_s, DEVICE_TTL_S)) + EXPIRY_MARGIN,
+            signing=timedelta(seconds=settings.access_ttl_s) + EXPIRY_MARGIN,
+        )
 
     @property
-    def purposes(self) -> list[str]:
-        """What this deployment needs keys for."""
+    def rotating(self) -> list[str]:
+        """The purposes whose keys follow one another."""
         algorithm = self._settings.jwt_algorithm
         return [MAC] if algorithm == "HS256" else [MAC, algorithm]
 
     async def load(self) -> KeyRing:
-        """The ring, with a first key of each purpose where there is none.
+        """Return the ring, with a first key of each purpose where there is none, all sealed under the present secret.
 
         :raises SealedByAnotherSecret, Unavailable:
         """
+        if self._settings.secret_previous:
+            await self._keys.reseal(lambda key: self._seal.reseal(key.sealed, label=_label(key.purpose, key.kid)))
         ring = KeyRing([], [])
         await self.refresh(ring)
         return ring
 
     async def refresh(self, ring: KeyRing) -> None:
-        """Read the stored keys into the ring, after adding those that are due and dropping those that are over."""
-        stored = await self._keys.load()
-        due = [purpose for purpose in self.purposes if self._is_due(purpose, stored)]
-        over = self._expired(stored)
-        if due or over:
-            await self._keys.delete(over)
-            for purpose in due:
-                await self._keys.add_if_due(self._make(purpose), self._publish, self._max_age)
-            stored = await self._keys.load()
-        ring.replace(*self._open(stored))
+        """Read the stored keys into the ring, after adding those that are due and deleting those that are over.
+
+        :raises SealedByAnotherSecret, Unavailable:
+        """
+        asked_at = self._clock()
+        now = await self._keys.now()
+        ahead_s = (asked_at + self._clock()) / 2 - now.timestamp()
+        stored = await self.read()
+        due = [purpose for purpose in [DATA, *self.rotating] if self._is_due(purpose, stored, now)]
+        is_over = any(key.is_over for key in stored) and abs(ahead_s) <= self._settings.clock_skew_max_s
+        if is_over:
+            await self._keys.delete_over(self._lives)
+        for purpose in due:
+            max_age = None if purpose == DATA else self._max_age
+            await self._keys.add_if_due(self._make(purpose), self._publish, max_age)
+        if due or is_over:
+            stored = await self.read()
+        ring.replace(*self._open(stored, ahead_s))
+
+    async def read(self) -> list[StoredKey]:
+        """Return the stored keys, sealed, oldest first."""
+        return await self._keys.load(self._lives)
 
     async def rotate(self) -> list[str]:
-        """Add a next key of each purpose, whatever the age of the current one, and return their ids.
+        """Add a next key of each purpose that rotates, whatever the age of the current one, and return their ids.
 
         :raises SealedByAnotherSecret: before a key is added that no replica could open.
         """
-        self._open(await self._keys.load())
-        made = [self._make(purpose) for purpose in self.purposes]
+        self._open(await self.read())
+        made = [self._make(purpose) for purpose in self.rotating]
         for key in made:
             await self._keys.add(key, self._publish)
         return [key.kid for key in made]
@@ -101,52 +129,42 @@ class KeyKeeper:
             except (Unavailable, SealedByAnotherSecret) as error:
                 _log.error("keys_not_read", cause=repr(error.__cause__ or error))
 
-    def _is_due(self, purpose: str, stored: Sequence[StoredKey]) -> bool:
-        times = [key.active_at for key in stored if key.purpose == purpose]
-        # A first key is active since ever; its age counts from when it was made.
+    def _is_due(self, purpose: str, stored: Sequence[StoredKey], now: datetime) -> bool:
+        # A first key is active from the beginning; its age counts from when it was made.
         newest = max((max(key.active_at, key.created_at) for key in stored if key.purpose == purpose), default=None)
-        return not times or (newest is not None and newest + self._max_age < _now())
-
-    def _expired(self, stored: Sequence[StoredKey]) -> list[int]:
-        """Keys whose successor has been active for longer than any token of theirs lives."""
-        over = []
-        for key in stored:
-            life_s = self._settings.access_ttl_s
-            if key.purpose == MAC:
-                life_s = max(self._settings.refresh_ttl_s, DEVICE_TTL_S)
-            successors = [other.active_at for other in stored if _follows(other, key)]
-            if successors and min(successors) + timedelta(seconds=life_s) + EXPIRY_MARGIN < _now():
-                over.append(key.id)
-        return over
+        return newest is None or (purpose != DATA and newest + self._max_age < now)
 
     def _make(self, purpose: str) -> NewKey:
         kid = secrets.token_hex(8)
-        is_mac = purpose == MAC
-        plain = secrets.token_bytes(MAC_KEY_BYTES) if is_mac else generate_signing_key(_algorithm(purpose), kid)
+        is_random = purpose in (MAC, DATA)
+        plain = secrets.token_bytes(RANDOM_KEY_BYTES) if is_random else generate_signing_key(_algorithm(purpose), kid)
         return NewKey(purpose, kid, self._seal.seal(plain, label=_label(purpose, kid)))
 
-    def _open(self, stored: Sequence[StoredKey]) -> tuple[list[SigningKey], list[MacKey]]:
-        signing, mac = [], []
+    def _open(
+        self, stored: Sequence[StoredKey], ahead_s: float = 0.0
+    ) -> tuple[list[SigningKey], list[MacKey], list[DataKey]]:
+        """Open the keys. `ahead_s`: how far this process's clock, in which the ring's times are, is from Postgres's."""
+        signing, mac, data = [], [], []
         for key in stored:
+            if key.purpose not in PURPOSES:
+                continue  # a newer replica's
             try:
                 plain = self._seal.open(key.sealed, label=_label(key.purpose, key.kid))
             except InvalidToken:
                 raise SealedByAnotherSecret(
                     f"Key {key.kid} was sealed under another AUTHD_SECRET. Set that one as AUTHD_SECRET_PREVIOUS."
                 ) from None
-            active_at = key.active_at.timestamp()
+            active_at = key.active_at.timestamp() + ahead_s
             if key.purpose == MAC:
                 mac.append(MacKey(key.id, plain, active_at))
+            elif key.purpose == DATA:
+                data.append(DataKey(key.id, plain))
             elif self._settings.jwt_algorithm != "HS256":  # then nothing is public, nor taken for ours
                 algorithm = _algorithm(key.purpose)
                 signing.append(load_signing_key(plain, kid=key.kid, algorithm=algorithm, active_at=active_at))
         if self._settings.jwt_algorithm == "HS256":
             signing.append(shared_signing_key(self._settings.jwt_secret))
-        return signing, mac
-
-
-def _follows(other: StoredKey, key: StoredKey) -> bool:
-    return other.purpose == key.purpose and (other.active_at, other.id) > (key.active_at, key.id)
+        return signing, mac, data
 
 
 def _algorithm(purpose: str) -> Algorithm:
@@ -155,7 +173,3 @@ def _algorithm(purpose: str) -> Algorithm:
 
 def _label(purpose: str, kid: str) -> str:
     return f"{purpose}/{kid}"
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)

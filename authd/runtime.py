@@ -79,9 +79,10 @@ async def _serve(
     stop: anyio.Event,
     on_ready: Callable[[], None] | None,
 ) -> None:
-    remembered, decided = PostgresStores(settings, database), RedisStores(settings, redis)
+    remembered = PostgresStores(settings, database)
     keeper = KeyKeeper(settings, remembered.keys)
     ring = await keeper.load()
+    decided = RedisStores(settings, redis, ring.digest_key())
     mint = TokenMint(settings, ring)
     hasher = Hasher(settings)
     producer = Producer(settings) if settings.kafka_bootstrap_servers else None

@@ -35,10 +35,10 @@ class PostgresStores:
 
 
 class RedisStores:
-    """What decides."""
+    """What decides. `digest_key`: the key ring's."""
 
-    def __init__(self, settings: Settings, client: RedisClient) -> None:
+    def __init__(self, settings: Settings, client: RedisClient, digest_key: bytes) -> None:
         self.sessions = SessionStore(client, settings)
         self.user_cache = UserCache(client, settings)
-        self.throttle = Throttle(client, settings)
+        self.throttle = Throttle(client, settings, digest_key)
         self.streams = EventStreams(client)

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, TypeGuard, TypeVar
 
 import msgspec
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -20,7 +20,9 @@ from authd.refresh_tokens import SESSION_ID_BYTES, RefreshToken, make_refresh_to
 
 Algorithm = Literal["ES256", "Ed25519", "HS256"]
 Clock = Callable[[], float]
+TimedKey = TypeVar("TimedKey", "SigningKey", "MacKey")
 
+DERIVED_BYTES = 32
 ACCESS_TOKEN_CHARS_MAX = 4096
 
 #: How far the clocks of replicas may be apart: a token that is issued later than that from now is a forgery.
@@ -83,21 +85,45 @@ class MacKey(msgspec.Struct, frozen=True):
         return f"MacKey({self.id})"
 
 
+class DataKey(msgspec.Struct, frozen=True):
+    """A key for what is kept: never deleted."""
+
+    id: int
+    secret: bytes
+
+    def derive(self, purpose: str) -> bytes:
+        """Return the key of 32 bytes for one purpose, from which neither this one nor another follows."""
+        return HKDF(SHA256(), DERIVED_BYTES, salt=None, info=f"authd {purpose}".encode()).derive(self.secret)
+
+    def __repr__(self) -> str:
+        return f"DataKey({self.id})"
+
+
 class KeyRing:
-    """The keys of this process, newest last; replaced as a whole when the stored ring changes."""
+    """The keys of this process, newest last; replaced as a whole when the stored ring changes. A clock that is behind
+    every key gets the oldest: a wrong clock must not refuse every login.
+    """
 
-    def __init__(self, signing: Sequence[SigningKey], mac: Sequence[MacKey]) -> None:
-        self.replace(signing, mac)
+    def __init__(self, signing: Sequence[SigningKey], mac: Sequence[MacKey], data: Sequence[DataKey] = ()) -> None:
+        self.replace(signing, mac, data)
 
-    def replace(self, signing: Sequence[SigningKey], mac: Sequence[MacKey]) -> None:
+    def replace(self, signing: Sequence[SigningKey], mac: Sequence[MacKey], data: Sequence[DataKey] = ()) -> None:
+        """Take these keys in the place of all others; `data` oldest first."""
         self._signing = {key.kid: key for key in sorted(signing, key=lambda key: key.active_at)}
         self._mac = {key.id: key for key in sorted(mac, key=lambda key: key.active_at)}
+        self._data = list(data)
 
     def signing_key(self, algorithm: Algorithm, now: float) -> SigningKey:
-        return [key for key in self._signing.values() if key.active_at <= now and key.algorithm == algorithm][-1]
+        """Return the newest key of the algorithm that signs at `now`, in epoch seconds of this process's clock."""
+        return _newest([key for key in self._signing.values() if key.algorithm == algorithm], now)
 
     def mac_key(self, now: float) -> MacKey:
-        return [key for key in self._mac.values() if key.active_at <= now][-1]
+        """Return the newest MAC key that is in use at `now`, in epoch seconds of this process's clock."""
+        return _newest(list(self._mac.values()), now)
+
+    def digest_key(self) -> bytes:
+        """Return the key of the digests in Redis, the same on every replica for the life of the deployment."""
+        return self._data[0].derive("digests")
 
     def find_signing_key(self, kid: object) -> SigningKey | None:
         return self._signing.get(kid) if isinstance(kid, str) else None
@@ -252,13 +278,27 @@ class KeySeal:
     def open(self, sealed: str, *, label: str) -> bytes:
         """:raises InvalidToken: when no master secret opens it, or it was sealed under another label."""
         for key in self._keys:
-            try:
-                opened = jwe.decrypt_compact(sealed, key, algorithms=["dir", "A256GCM"])
-            except (JoseError, ValueError):
-                continue
-            if opened.headers().get("kid") == label and opened.plaintext is not None:
-                return opened.plaintext
+            plain = _open_seal(key, sealed, label)
+            if plain is not None:
+                return plain
         raise InvalidToken
+
+    def reseal(self, sealed: str, *, label: str) -> str | None:
+        """Return the text sealed under the present secret, None where it is so already or none opens it."""
+        if _open_seal(self._keys[0], sealed, label) is not None:
+            return None
+        try:
+            return self.seal(self.open(sealed, label=label), label=label)
+        except InvalidToken:
+            return None
+
+
+def _open_seal(key: OctKey, sealed: str, label: str) -> bytes | None:
+    try:
+        opened = jwe.decrypt_compact(sealed, key, algorithms=["dir", "A256GCM"])
+    except (JoseError, ValueError):
+        return None
+    return opened.plaintext if opened.headers().get("kid") == label else None
 
 
 def generate_signing_key(algorithm: Algorithm, kid: str) -> bytes:
@@ -285,6 +325,10 @@ def _lower_s(signature: bytes) -> bytes:
     """Of the two ES256 signatures of a text with the same r the one with the lower s."""
     r, s = signature[:32], int.from_bytes(signature[32:])
     return r + min(s, _P256_ORDER - s).to_bytes(32)
+
+
+def _newest(keys: Sequence[TimedKey], now: float) -> TimedKey:
+    return next((key for key in reversed(keys) if key.active_at <= now), keys[0])
 
 
 def _is_time(value: object) -> TypeGuard[int | float]:

@@ -37,17 +37,17 @@ RETRIES = 1
 #: Connections for what redis-py asks on its own, such as the slots of a cluster.
 SPARE_CONNECTIONS = 8
 
-#: Errors that say "not now". While a cluster is down, redis-py closes connections under the tasks that use them, which
-#: break in any way.
-_AWAY = (
+#: Addresses of servers that are remembered. One that was forgotten counts as new, which is always safe.
+SERVERS_MAX = 256
+
+#: Errors that say "not now".
+_UNAVAILABLE = (
     redis_errors.ConnectionError,
     redis_errors.TimeoutError,
     redis_errors.ClusterError,
     redis_errors.RedisClusterException,
     OSError,
     TimeoutError,
-    RuntimeError,
-    AttributeError,
 )
 #: Errors of a server that answers, such as one without memory. They cost no wait, so they do not open the breaker,
 #: which would refuse the reading requests too.
@@ -81,12 +81,21 @@ class Servers:
         # Behind Sentinel all servers are one, for only the master is used; in a cluster each address has its slots.
         place = "" if isinstance(connection, SentinelManagedConnection) else (connection.host, connection.port)
         if self._run_ids.get(place) != run_id:
-            self._run_ids[place] = run_id
+            self._remember(place, run_id)
             self.generation += 1
             policy = await _info(connection, "memory", _EVICTION) or NO_EVICTION
             self.eviction_policies[place] = policy
             if policy != NO_EVICTION:
                 _log.warning("redis_evicts", policy=policy, server=f"{connection.host}:{connection.port}")
+
+    def _remember(self, place: object, run_id: str) -> None:
+        self._run_ids.pop(place, None)
+        self._run_ids[place] = run_id
+        if len(self._run_ids) > SERVERS_MAX:
+            # The one whose last start is longest ago: in a cluster whose nodes come and go, addresses have no end.
+            oldest = next(iter(self._run_ids))
+            del self._run_ids[oldest]
+            self.eviction_policies.pop(oldest, None)
 
 
 async def _info(connection: Any, section: str, wanted: re.Pattern[bytes]) -> str | None:
@@ -180,10 +189,17 @@ class RedisClient:
                 breaker.succeeded()
                 return result
             raise TimeoutError
-        except _AWAY as error:
+        except _UNAVAILABLE as error:
             breaker.failed()
             raise Unavailable("session_store") from error
+        except redis_errors.DataError:
+            raise  # an argument that no server could take: a fault of ours
         except _REFUSED as error:
+            raise Unavailable("session_store") from error
+        except (AttributeError, RuntimeError) as error:
+            if not _is_lost_connection(error):
+                raise
+            breaker.failed()
             raise Unavailable("session_store") from error
         finally:
             if isinstance(call, Coroutine):
@@ -195,6 +211,20 @@ class RedisClient:
         if part not in self._breakers:
             self._breakers[part] = Breaker(lambda: Unavailable("session_store"))
         return self._breakers[part]
+
+
+def _is_lost_connection(error: AttributeError | RuntimeError) -> bool:
+    """Tell the errors of a connection that redis-py closed under the task which uses it, as it does while a cluster
+    is down, from a fault: its writer is None, or uvloop refuses to write to its transport. And it walks through its
+    nodes while they change.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = str(trace.tb_frame.f_globals.get("__name__")) if trace is not None else ""
+    if isinstance(error, AttributeError):
+        return error.obj is None and module.startswith("redis.")
+    return module.startswith(("uvloop.", "redis."))
 
 
 def load_script(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from authd.config import BUCKETS, Settings
+from authd.config import Settings
 from authd.mac_tokens import Subject
 from authd.observe import metrics
 from authd.redis.client import RedisClient, bucket_of_user
@@ -140,10 +140,6 @@ class SessionStore:
     def generation(self) -> int:
         """Raised whenever a server may have lost what it had decided."""
         return self._client.generation
-
-    async def meet_servers(self) -> None:
-        """Connect to every server once, so that none is new to the first requests: see `generation`."""
-        await self._client.commands("GET", [self._client.key(bucket, "applied") for bucket in range(BUCKETS)])
 
     async def open(
         self, owner: Owner, session_id: bytes, key_id: int, client: Client, revocation: int

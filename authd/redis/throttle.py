@@ -89,18 +89,21 @@ class Wait:
 
 class Throttle:
     """`address` is the client's IP address; `account` the canonical form of the username, whether a user has it or not:
-    else a lock would tell who exists. Every method raises `Unavailable("session_store")` when Redis is away.
+    else a lock would tell who exists. `digest_key`: 32 bytes, without which nobody can tell what a counter in Redis
+    counts. Every method raises `Unavailable("session_store")` when Redis is away.
     """
 
     def __init__(
         self,
         client: RedisClient,
         settings: Settings,
+        digest_key: bytes,
         *,
         reservation_ttl_s: float = RESERVATION_TTL_S,
         new_id: Callable[[], str] = lambda: secrets.token_hex(DIGEST_BYTES),
     ) -> None:
         self._client = client
+        self._digest_key = digest_key
         self._limits: dict[CounterKind, int] = {
             "pair": settings.max_login_attempts,
             "account": settings.account_max_failures,
@@ -124,7 +127,9 @@ class Throttle:
         counters = self._counters(address, account)
         if device_id is not None:
             counters = (*counters, self._device(device_id))
-        left_ms = _values(await _all([partial(self._client.read, self._peek, [c.key], c.limit) for c in counters]))
+        left_ms = _values(
+            await _all([partial(self._client.read, self._peek, [c.key], c.limit, self._lockout_ms) for c in counters])
+        )
         return Standing(
             _seconds(max(left_ms[:3])) or None, _seconds(left_ms[3]) or None if device_id is not None else None
         )
@@ -168,7 +173,7 @@ class Throttle:
     async def registrations_locked_s(self, address: str) -> int | None:
         """Seconds until the address may register again, rounded up; None if now. Only a look."""
         counter = self._counter("registrations", network_of(address))
-        return _seconds(await self._client.read(self._peek, [counter.key], counter.limit)) or None
+        return _seconds(await self._client.read(self._peek, [counter.key], counter.limit, self._lockout_ms)) or None
 
     async def count_registration(self, address: str) -> Locked | None:
         """Count one registration of the address, if its limit has room: as many as an address may fail to log in,
@@ -195,7 +200,13 @@ class Throttle:
 
     async def _reserve_one(self, attempt_id: str, counter: _Counter) -> Locked | Wait | None:
         reply = await self._client.decide(
-            self._reserve, counter.bucket, [counter.key], attempt_id, counter.limit, self._reservation_ttl_ms
+            self._reserve,
+            counter.bucket,
+            [counter.key],
+            attempt_id,
+            counter.limit,
+            self._reservation_ttl_ms,
+            self._lockout_ms,
         )
         if reply[0] == b"locked":
             return Locked(_seconds(int(reply[2])))
@@ -229,8 +240,14 @@ class Throttle:
         return self._counter("device", device_id.hex())
 
     def _counter(self, kind: CounterKind, counted: str) -> _Counter:
-        # A digest: usernames that people type, some of them passwords, do not show in Redis.
-        digest = blake2b(counted.encode(errors="surrogatepass"), digest_size=DIGEST_BYTES, person=kind.encode())
+        # Usernames that people type, some of them passwords, do not show in Redis, and nobody who has a copy of it can
+        # try texts: without the key the digest of none can be computed.
+        digest = blake2b(
+            counted.encode(errors="surrogatepass"),
+            digest_size=DIGEST_BYTES,
+            key=self._digest_key,
+            person=kind.encode(),
+        )
         bucket = int.from_bytes(digest.digest()[:4], "big") % BUCKETS
         return _Counter(
             kind, bucket, self._client.key(bucket, f"throttle:{kind}:{digest.hexdigest()}"), self._limits[kind]

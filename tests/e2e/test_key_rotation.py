@@ -104,7 +104,7 @@ async def test_two_replicas_that_start_together_on_an_empty_database_agree_on_on
             assert (await elsewhere.me(pair["access_token"])).status_code == 200
             assert (await elsewhere.refresh(pair["refresh_token"])).status_code == 200
         keys = await one.query("SELECT purpose FROM keys ORDER BY purpose")
-        assert [row["purpose"] for row in keys] == ["ES256", "mac"]
+        assert [row["purpose"] for row in keys] == ["ES256", "data", "mac"]
 
 
 async def test_keys_that_are_too_old_are_rotated_by_the_replicas_once(services: Services) -> None:
@@ -123,7 +123,7 @@ async def test_keys_that_are_too_old_are_rotated_by_the_replicas_once(services: 
         await until_signed_with_another_key(api, pair, first)
         assert await published(api) == await published(elsewhere)
         rows = await one.query("SELECT purpose FROM keys ORDER BY purpose")
-        assert [row["purpose"] for row in rows] == ["ES256", "ES256", "mac", "mac"]
+        assert [row["purpose"] for row in rows] == ["ES256", "ES256", "data", "mac", "mac"]
         assert (await elsewhere.me(old["access_token"])).status_code == 200
         assert (await api.me(pair["access_token"])).status_code == 200
 

@@ -1,5 +1,5 @@
-"""A replica that is frozen inside a transaction, as by a pause of its machine: SIGSTOP, with its locks held. What it holds
-up is free again within a stated time, with nobody's help.
+"""A replica that is frozen inside a transaction, as by a pause of its machine: SIGSTOP, with its locks held. What it
+holds up is free again within a stated time, with nobody's help.
 """
 
 import signal

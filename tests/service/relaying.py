@@ -27,6 +27,7 @@ PATIENCE_S = 60.0
 POLL_S = 0.02
 CLIENT = Client("192.0.2.1", "a browser")
 KEY_ID = 1
+DIGEST_KEY = bytes(32)
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Node:
 
     def __post_init__(self) -> None:
         self.remembered = PostgresStores(self.settings, self.database)
-        self.decided = RedisStores(self.settings, self.redis)
+        self.decided = RedisStores(self.settings, self.redis, DIGEST_KEY)
         self.feed = RevocationFeed(self.remembered.revocations, self.decided.sessions, self.offer_lane)
         self.relay = EventRelay(
             self.decided.streams, self.remembered.relay, self.remembered.events, self.feed, self.offer_lane

@@ -34,6 +34,7 @@ from authd.tokens import KeyRing, MacKey
 pytestmark = pytest.mark.anyio
 
 COST = 4
+DIGEST_KEY = bytes(32)
 PASSWORD, WRONG = "correct horse", "wrong horse"
 PASSWORD_HASH = hash_password(PASSWORD, COST)
 HOME, ELSEWHERE = "192.0.2.1", "198.51.100.7"
@@ -117,7 +118,9 @@ async def make(database_url: str, redis_server: RedisServer, no_blocking: BlockB
     async def running(settings: Settings) -> AsyncIterator[Defence]:
         async with open_database(settings) as database, open_redis(settings) as redis:
             with unguarded(no_blocking):
-                made = Defence(settings, PostgresStores(settings, database), RedisStores(settings, redis), ring)
+                made = Defence(
+                    settings, PostgresStores(settings, database), RedisStores(settings, redis, DIGEST_KEY), ring
+                )
             async with anyio.create_task_group() as tree:
                 await tree.start(made.hasher.run)
                 yield made
@@ -268,7 +271,7 @@ async def test_a_dead_replicas_reservations_come_back(make: Make) -> None:
     defence = await make(max_login_attempts=2)
     user = await defence.new_user()
     async with open_redis(defence.settings) as redis:
-        dying = Throttle(redis, defence.settings, reservation_ttl_s=0.5)
+        dying = Throttle(redis, defence.settings, DIGEST_KEY, reservation_ttl_s=0.5)
         for _ in range(2):
             assert isinstance(await dying.reserve(HOME, user.username), Reserved)
     # It waits for what the dead one reserved, and is not refused.

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from authd.errors import LoginLocked, Unavailable
 from authd.hasher import Admission, Hasher, Job
 from authd.passwords import Effort, hash_password, verify_password
 from authd.redis.client import RedisClient, open_redis
-from authd.redis.throttle import Locked, Outcome, Reserved, Throttle, Wait
+from authd.redis.throttle import DIGEST_BYTES, Locked, Outcome, Reserved, Throttle, Wait
 
 pytestmark = pytest.mark.anyio
 
@@ -29,7 +30,12 @@ ADDRESS, ACCOUNT = "192.0.2.1", "somebody@example.org"
 PASSWORD = "correct horse"
 COST = 4
 PATIENCE_S = 50.0
+DIGEST_KEY = bytes(range(32))
 FAILED, SUCCEEDED, RELEASED = Outcome.FAILED, Outcome.SUCCEEDED, Outcome.RELEASED
+
+
+def throttle_of(client: RedisClient, settings: Settings, **changes: Any) -> Throttle:
+    return Throttle(client, settings, DIGEST_KEY, **changes)
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +117,7 @@ async def pair_state(raw: Redis | RedisCluster, deployment: str) -> dict[bytes, 
 async def test_the_limits_failure_locks_for_a_fixed_time(
     client: RedisClient, make_settings: Callable[..., Settings], raw: Redis | RedisCluster, deployment: str
 ) -> None:
-    throttle = Throttle(client, make_settings(max_login_attempts=3, lockout_s=2))
+    throttle = throttle_of(client, make_settings(max_login_attempts=3, lockout_s=2))
     assert await throttle.locked_s(ADDRESS, ACCOUNT) is None
     assert await fail(throttle) == await fail(throttle) == ()
     assert await throttle.locked_s(ADDRESS, ACCOUNT) is None
@@ -133,7 +139,7 @@ async def test_the_limits_failure_locks_for_a_fixed_time(
 async def test_the_time_left_is_true_and_rounded_up(
     client: RedisClient, make_settings: Callable[..., Settings], raw: Redis | RedisCluster, deployment: str
 ) -> None:
-    throttle = Throttle(client, make_settings(max_login_attempts=1, lockout_s=300))
+    throttle = throttle_of(client, make_settings(max_login_attempts=1, lockout_s=300))
     await fail(throttle)
     refused = await throttle.reserve(ADDRESS, ACCOUNT)
     peeked_s = await throttle.locked_s(ADDRESS, ACCOUNT)
@@ -145,11 +151,11 @@ async def test_the_time_left_is_true_and_rounded_up(
 
 
 async def test_failures_expire_after_the_last_one(client: RedisClient, make_settings: Callable[..., Settings]) -> None:
-    throttle = Throttle(client, make_settings(max_login_attempts=2, lockout_s=1))
+    throttle = throttle_of(client, make_settings(max_login_attempts=2, lockout_s=1))
     # Each failure comes when the one before has expired, so that no second one ever meets the first.
     for _ in range(3):
         assert await fail(throttle) == ()
-        peek = Throttle(client, make_settings(max_login_attempts=1, lockout_s=1))
+        peek = throttle_of(client, make_settings(max_login_attempts=1, lockout_s=1))
         await until(partial(is_open, peek))
 
 
@@ -160,7 +166,7 @@ async def is_open(throttle: Throttle) -> bool:
 async def test_reservations_and_failures_together_stay_below_the_limit(
     client: RedisClient, make_settings: Callable[..., Settings]
 ) -> None:
-    throttle = Throttle(client, make_settings(max_login_attempts=3))
+    throttle = throttle_of(client, make_settings(max_login_attempts=3))
     await fail(throttle)
     first, second = [await throttle.reserve(ADDRESS, ACCOUNT) for _ in range(2)]
     assert isinstance(first, Reserved) and isinstance(second, Reserved)
@@ -180,8 +186,8 @@ async def test_a_dead_replicas_reservations_expire_and_count_nothing(
     client: RedisClient, make_settings: Callable[..., Settings], raw: Redis | RedisCluster, deployment: str
 ) -> None:
     settings = make_settings(max_login_attempts=2)
-    dying = Throttle(client, settings, reservation_ttl_s=0.3)
-    alive = Throttle(client, settings)
+    dying = throttle_of(client, settings, reservation_ttl_s=0.3)
+    alive = throttle_of(client, settings)
     lost = [await dying.reserve(ADDRESS, ACCOUNT) for _ in range(2)]
     assert await alive.reserve(ADDRESS, ACCOUNT) == Wait()
 
@@ -201,8 +207,8 @@ async def test_an_expired_reservation_gives_way_while_others_live(
     client: RedisClient, make_settings: Callable[..., Settings], raw: Redis | RedisCluster, deployment: str
 ) -> None:
     settings = make_settings(max_login_attempts=2)
-    await Throttle(client, settings, reservation_ttl_s=0.1).reserve(ADDRESS, ACCOUNT)
-    throttle = Throttle(client, settings)
+    await throttle_of(client, settings, reservation_ttl_s=0.1).reserve(ADDRESS, ACCOUNT)
+    throttle = throttle_of(client, settings)
     assert isinstance(await throttle.reserve(ADDRESS, ACCOUNT), Reserved)
     answers: list[object] = []
 
@@ -220,7 +226,7 @@ async def test_an_expired_reservation_gives_way_while_others_live(
 
 
 async def test_a_success_clears_the_pair_alone(client: RedisClient, make_settings: Callable[..., Settings]) -> None:
-    throttle = Throttle(client, make_settings(max_login_attempts=3, account_max_failures=5, address_max_failures=7))
+    throttle = throttle_of(client, make_settings(max_login_attempts=3, account_max_failures=5, address_max_failures=7))
     for _ in range(2):
         await fail(throttle)
         await fail(throttle)
@@ -241,7 +247,7 @@ async def test_a_success_clears_the_pair_alone(client: RedisClient, make_setting
 async def test_a_refusal_by_one_counter_reserves_in_none(
     client: RedisClient, make_settings: Callable[..., Settings], raw: Redis | RedisCluster, deployment: str
 ) -> None:
-    throttle = Throttle(client, make_settings(max_login_attempts=1))
+    throttle = throttle_of(client, make_settings(max_login_attempts=1))
     await fail(throttle)
     before = await state(raw, deployment)
     assert isinstance(await throttle.reserve(ADDRESS, ACCOUNT), Locked)
@@ -270,7 +276,7 @@ async def test_a_refusal_by_one_counter_reserves_in_none(
 async def test_an_ipv6_client_is_its_64_network_and_a_mapped_address_its_ipv4_one(
     client: RedisClient, make_settings: Callable[..., Settings], one: str, other: str, same: bool
 ) -> None:
-    throttle = Throttle(client, make_settings(address_max_failures=1))
+    throttle = throttle_of(client, make_settings(address_max_failures=1))
     await fail(throttle, address=one, account="first")
     assert (await throttle.locked_s(other, "second") is not None) is same
 
@@ -278,7 +284,7 @@ async def test_an_ipv6_client_is_its_64_network_and_a_mapped_address_its_ipv4_on
 async def test_any_text_may_be_an_account_and_none_shows_in_redis(
     client: RedisClient, make_settings: Callable[..., Settings], raw: Redis | RedisCluster, deployment: str
 ) -> None:
-    throttle = Throttle(client, make_settings(max_login_attempts=1))
+    throttle = throttle_of(client, make_settings(max_login_attempts=1))
     for account in ("", "\0", "\ud800", "x" * 10_000, "{0}", "typed-my-password-here"):
         await fail(throttle, account=account)
         assert await throttle.locked_s(ADDRESS, account) is not None
@@ -291,7 +297,7 @@ async def test_any_text_may_be_an_account_and_none_shows_in_redis(
 async def test_every_key_expires_with_what_counts_in_it(
     client: RedisClient, make_settings: Callable[..., Settings], raw: Redis | RedisCluster, deployment: str
 ) -> None:
-    throttle = Throttle(client, make_settings(max_login_attempts=3, lockout_s=300), reservation_ttl_s=60)
+    throttle = throttle_of(client, make_settings(max_login_attempts=3, lockout_s=300), reservation_ttl_s=60)
     await throttle.reserve(ADDRESS, ACCOUNT)
     for key in await state(raw, deployment):
         assert 55_000 < await raw.pttl(key) <= 60_000
@@ -309,11 +315,111 @@ async def test_every_key_expires_with_what_counts_in_it(
 async def test_a_released_attempt_leaves_nothing(
     client: RedisClient, make_settings: Callable[..., Settings], raw: Redis | RedisCluster, deployment: str
 ) -> None:
-    throttle = Throttle(client, make_settings())
+    throttle = throttle_of(client, make_settings())
     attempt = await throttle.reserve(ADDRESS, ACCOUNT)
     assert isinstance(attempt, Reserved)
     await throttle.settle(attempt, RELEASED)
     assert await state(raw, deployment) == {}
+
+
+# Digests with a key
+
+
+async def test_a_copy_of_redis_tells_nothing_of_a_username_without_the_key(
+    client: RedisClient, make_settings: Callable[..., Settings], raw: Redis | RedisCluster, deployment: str
+) -> None:
+    await fail(throttle_of(client, make_settings()))
+    keys = set(await state(raw, deployment))
+    # What an attacker who has the copy and the source can compute, for the very texts that were counted.
+    counted = {"pair": f"{ADDRESS}\0{ACCOUNT}", "account": ACCOUNT, "address": ADDRESS}
+    for kind, text in counted.items():
+        for key in (b"", bytes(32), b"-"):
+            guess = blake2b(text.encode(), digest_size=DIGEST_BYTES, person=kind.encode(), key=key).hexdigest()
+            assert not [found for found in keys if guess.encode() in found]
+    # With the key it is the same everywhere, and with another nobody's.
+    await fail(throttle_of(client, make_settings()))
+    assert set(await state(raw, deployment)) == keys
+    await fail(Throttle(client, make_settings(), bytes(reversed(DIGEST_KEY))))
+    digests = [key.rpartition(b":")[2] for key in await state(raw, deployment)]
+    assert len(digests) == len(set(digests)) == 2 * len(keys)
+
+
+# Redis's clock is set back
+
+
+async def set_back(raw: Redis | RedisCluster, deployment: str, by_ms: int) -> None:
+    """Leave what is stored as it is after Redis's clock was set back: every time is that much further ahead."""
+    for key, fields in (await state(raw, deployment)).items():
+        times = {name: int(value) + by_ms for name, value in fields.items() if name == b"until" or name[:2] == b"r:"}
+        await raw.hset(key, mapping=times)
+        await raw.pexpireat(key, await raw.pexpiretime(key) + by_ms)
+
+
+@pytest.mark.parametrize("first", ["look", "reserve"])
+async def test_no_lock_holds_for_longer_than_its_setting_when_redis_is_set_back(
+    client: RedisClient,
+    make_settings: Callable[..., Settings],
+    raw: Redis | RedisCluster,
+    deployment: str,
+    first: str,
+) -> None:
+    throttle = throttle_of(client, make_settings(max_login_attempts=1, lockout_s=2))
+    await fail(throttle)
+    await set_back(raw, deployment, 3_600_000)
+    if first == "look":
+        assert await throttle.locked_s(ADDRESS, ACCOUNT) == 2
+    refused = await throttle.reserve(ADDRESS, ACCOUNT)
+    assert isinstance(refused, Locked) and refused.retry_after_s <= 2
+    # It ends at that time: looking at it does not put it off, and its key goes.
+    locked = await pair_state(raw, deployment)
+    await throttle.locked_s(ADDRESS, ACCOUNT)
+    assert await pair_state(raw, deployment) == locked
+    await until(partial(is_open, throttle))
+
+    async def pair_is_gone() -> bool:
+        return not [key for key in await state(raw, deployment) if b":pair:" in key]
+
+    await until(pair_is_gone)
+
+
+async def test_failures_count_for_no_longer_than_their_setting_when_redis_is_set_back(
+    client: RedisClient, make_settings: Callable[..., Settings], raw: Redis | RedisCluster, deployment: str
+) -> None:
+    throttle = throttle_of(client, make_settings(max_login_attempts=3, lockout_s=300))
+    await fail(throttle)
+    await set_back(raw, deployment, 3_600_000)
+    await fail(throttle)
+    assert await fail(throttle) == ("pair",)
+    assert await throttle.locked_s(ADDRESS, ACCOUNT) in (299, 300)
+    for key in await state(raw, deployment):
+        assert await raw.pttl(key) <= 300_000
+
+
+async def test_registrations_are_limited_for_no_longer_than_the_window_when_redis_is_set_back(
+    client: RedisClient, make_settings: Callable[..., Settings], raw: Redis | RedisCluster, deployment: str
+) -> None:
+    throttle = throttle_of(client, make_settings(address_max_failures=1, lockout_s=300))
+    assert await throttle.count_registration(ADDRESS) is None
+    await set_back(raw, deployment, 3_600_000)
+    assert await throttle.registrations_locked_s(ADDRESS) in (299, 300)
+    await set_back(raw, deployment, 3_600_000)
+    refused = await throttle.count_registration(ADDRESS)
+    assert refused is not None and refused.retry_after_s <= 300
+
+
+async def test_a_reservation_lives_no_longer_than_its_time_when_redis_is_set_back(
+    client: RedisClient, make_settings: Callable[..., Settings], raw: Redis | RedisCluster, deployment: str
+) -> None:
+    settings = make_settings(max_login_attempts=1)
+    throttle = throttle_of(client, settings, reservation_ttl_s=0.5)
+    assert isinstance(await throttle.reserve(ADDRESS, ACCOUNT), Reserved)
+    await set_back(raw, deployment, 3_600_000)
+    assert await throttle.reserve(ADDRESS, ACCOUNT) == Wait()
+
+    async def is_free() -> bool:
+        return isinstance(await throttle.reserve(ADDRESS, ACCOUNT), Reserved)
+
+    await until(is_free)
 
 
 # Scripts that run twice, or never
@@ -327,8 +433,8 @@ async def test_a_script_that_ran_twice_changed_nothing_the_second_time(
     deployment: str,
     outcome: Outcome,
 ) -> None:
-    throttle = Throttle(client, make_settings(max_login_attempts=9))
-    again = Throttle(client, make_settings(max_login_attempts=9), new_id=lambda: "the same")
+    throttle = throttle_of(client, make_settings(max_login_attempts=9))
+    again = throttle_of(client, make_settings(max_login_attempts=9), new_id=lambda: "the same")
     await fail(throttle)
     attempt = await again.reserve(ADDRESS, ACCOUNT)
     assert isinstance(attempt, Reserved)
@@ -355,7 +461,7 @@ async def test_an_abandoned_script_does_not_act_after_its_deadline(tmp_path: Pat
             redis_timeout_s=0.5,
         )
         async with open_redis(settings) as client, Redis.from_url(server.url) as raw:
-            throttle = Throttle(client, settings)
+            throttle = throttle_of(client, settings)
             attempt = await throttle.reserve(ADDRESS, ACCOUNT)
             assert isinstance(attempt, Reserved)
             before = await state(raw, deployment)
@@ -428,7 +534,7 @@ async def replicas(settings: Settings, count: int = 1) -> AsyncIterator[list[Rep
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(open_redis(settings)) for _ in range(count)]
         tree = await stack.enter_async_context(anyio.create_task_group())
-        made = [Replica(Hasher(settings), Throttle(client, settings), stored) for client in clients]
+        made = [Replica(Hasher(settings), throttle_of(client, settings), stored) for client in clients]
         for replica in made:
             await tree.start(replica.hasher.run)
         yield made

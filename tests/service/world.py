@@ -39,7 +39,7 @@ from authd.relay import EventRelay
 from authd.revocations import RevocationFeed
 from authd.sessions import Sessions, TokenPair
 from authd.stores import PostgresStores, RedisStores
-from authd.tokens import KeyRing, MacKey, TokenMint, shared_signing_key
+from authd.tokens import DataKey, KeyRing, MacKey, TokenMint, shared_signing_key
 
 PASSWORD = "correct horse"
 COST = 4
@@ -94,7 +94,10 @@ class Replica:
     def __post_init__(self) -> None:
         settings = self.settings
         self.mint = TokenMint(settings, self.ring, self.clock)
-        remembered, decided = PostgresStores(settings, self.database), RedisStores(settings, self.redis)
+        remembered, decided = (
+            PostgresStores(settings, self.database),
+            RedisStores(settings, self.redis, self.ring.digest_key()),
+        )
         self.users, self.revocations = remembered.users, remembered.revocations
         self.store, self.cache, self.throttle = decided.sessions, decided.user_cache, decided.throttle
         self.hasher = Hasher(settings)
@@ -302,7 +305,11 @@ async def together(*calls: Callable[[], Awaitable[Any]]) -> list[Any]:
 
 
 def make_ring() -> KeyRing:
-    return KeyRing([shared_signing_key(JWT_SECRET)], [MacKey(1, secrets.token_bytes(32), 0.0)])
+    return KeyRing(
+        [shared_signing_key(JWT_SECRET)],
+        [MacKey(1, secrets.token_bytes(32), 0.0)],
+        [DataKey(2, secrets.token_bytes(32))],
+    )
 
 
 @contextmanager

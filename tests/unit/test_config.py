@@ -44,6 +44,7 @@ TIMEOUTS = (
     "keep_alive_s",
     "drain_s",
     "start_timeout_s",
+    "clock_skew_max_s",
     "database_timeout_s",
     "redis_timeout_s",
     "kafka_timeout_s",

@@ -20,6 +20,7 @@ from authd.refresh_tokens import RefreshToken
 from authd.tokens import (
     ACCESS_TOKEN_CHARS_MAX,
     CLOCKS_APART_S,
+    DataKey,
     ExpiredToken,
     InvalidToken,
     KeyRing,
@@ -566,6 +567,20 @@ def test_a_key_is_published_at_once_and_signs_from_its_time(make_settings) -> No
     assert mint.mac_key_id() == 2
     for token in (old, new):
         assert mint.read_access(token).user_id == 42
+
+
+def test_a_clock_that_is_behind_every_key_signs_with_the_oldest(make_settings) -> None:
+    ring = KeyRing([signing("es-2", NOW + 100), signing("es-1", NOW + 50)], [MacKey(1, b"m" * 32, NOW + 50), MAC_2])
+    mint = TokenMint(make_settings(), ring, Clock(NOW - 3600))
+    assert mint.read_access(mint.make_access(42, SESSION, 1, "j")).user_id == 42
+    assert ring.signing_key("ES256", NOW - 3600).kid == "es-1"
+    assert mint.mac_key_id() == 1
+
+
+def test_a_derived_key_is_its_purposes_own_and_no_key_shows() -> None:
+    key = DataKey(1, b"d" * 32)
+    assert len({key.secret, key.derive("digests"), key.derive("others"), DataKey(2, b"e" * 32).derive("digests")}) == 4
+    assert repr(key) == "DataKey(1)"
 
 
 def test_a_replica_that_does_not_sign_with_a_key_yet_proves_with_it(make_settings) -> None:

@@ -9,7 +9,7 @@
 
 local now = now_ms()
 if now > tonumber(ARGV[1]) then return { 'late', now } end
-local counter = load_counter(KEYS[1], now)
+local counter = load_counter(KEYS[1], now, tonumber(ARGV[3]))
 if counter.failures >= tonumber(ARGV[2]) then return { 'locked', now, counter.counts_until - now } end
 
 store_failures(KEYS[1], counter.failures + 1, counter.failures > 0 and counter.counts_until or now + tonumber(ARGV[3]))

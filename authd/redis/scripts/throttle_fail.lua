@@ -15,7 +15,7 @@
 
 local now = now_ms()
 if now > tonumber(ARGV[1]) then return { 'late', now } end
-local counter, limit = load_counter(KEYS[1], now), tonumber(ARGV[3])
+local counter, limit = load_counter(KEYS[1], now, tonumber(ARGV[4])), tonumber(ARGV[3])
 local field = 'r:' .. ARGV[2]
 if not counter.reserved[field] then return { 'unknown', now } end
 

@@ -6,8 +6,14 @@ local function now_ms()
     return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
+local tidy
+
 -- What counts now: failures whose time has passed are 0, expired reservations are only listed, to be removed.
-local function load_counter(key, now)
+-- A time that is further ahead than `counts_max` ms for failures, or `life_max` for a reservation, was set before Redis's
+-- clock was set back. It is cut to that here and in Redis, so that it ends: whoever looks next finds it cut. Without the
+-- two nothing is cut.
+local function load_counter(key, now, counts_max, life_max)
+    local is_cut = false
     local counter = { failures = 0, counts_until = 0, reserved = {}, live = 0, last_expiry = 0, expired = {} }
     local values = redis.call('HGETALL', key)
     for i = 1, #values, 2 do
@@ -15,8 +21,16 @@ local function load_counter(key, now)
         if name == 'n' then
             counter.failures = number
         elseif name == 'until' then
+            if counts_max and number > now + counts_max then
+                number, is_cut = now + counts_max, true
+                redis.call('HSET', key, name, string.format('%.0f', number))
+            end
             counter.counts_until = number
         elseif number > now then
+            if life_max and number > now + life_max then
+                number, is_cut = now + life_max, true
+                redis.call('HSET', key, name, string.format('%.0f', number))
+            end
             counter.reserved[name] = number
             counter.live = counter.live + 1
             counter.last_expiry = math.max(counter.last_expiry, number)
@@ -25,6 +39,7 @@ local function load_counter(key, now)
         end
     end
     if counter.counts_until <= now then counter.failures, counter.counts_until = 0, 0 end
+    if is_cut then tidy(key, now) end
     return counter
 end
 
@@ -37,7 +52,7 @@ local function store_failures(key, failures, counts_until)
 end
 
 -- The key lives exactly as long as something in it counts.
-local function tidy(key, now)
+function tidy(key, now)
     local counter = load_counter(key, now)
     for _, name in ipairs(counter.expired) do redis.call('HDEL', key, name) end
     redis.call('PEXPIREAT', key, string.format('%.0f', math.max(counter.counts_until, counter.last_expiry)))
