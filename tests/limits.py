@@ -7,7 +7,10 @@ where uvloop, which waits in C, swallows it, or where it kills the task that run
 """
 
 import asyncio
+import faulthandler
 import inspect
+import os
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
@@ -136,18 +139,24 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool:
-    """Start the thread that ends the process, in the place of pytest-timeout's own, which says no test's name."""
-    timer = threading.Timer(LAST_RESORT_LIMITS * settings.timeout, _end_process, (item, settings))
+    """Start the thread that ends the process, instead of pytest-timeout's own, which names no test."""
+    seconds = LAST_RESORT_LIMITS * settings.timeout
+    timer = threading.Timer(seconds, _end_process, (item, seconds))
     timer.daemon = True
     timer.start()
     item.cancel_timeout = timer.cancel  # type: ignore[attr-defined]
     return True
 
 
-def _end_process(item: pytest.Item, settings: Any) -> None:
-    """Name the test, write what every thread does, and end the process with code 1."""
-    reporter = item.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
-        reporter.write_line("")
-        reporter.write_line(f"HANGS {item.nodeid}: the process ends after {LAST_RESORT_LIMITS * settings.timeout:g} s.")
-    pytest_timeout.timeout_timer(item, settings)
+def _end_process(item: pytest.Item, seconds: float) -> None:
+    """Name the test, write what it printed and what every thread does, and end the process with code 1."""
+    if pytest_timeout.is_debugging():
+        return
+    capture = item.config.pluginmanager.get_plugin("capturemanager")
+    capture.suspend_global_capture(in_=True)
+    # To stderr: xdist's workers have no other way to the log.
+    sys.stderr.write(f"\nHANGS {item.nodeid}: the process ends after {seconds:g} s.\n")
+    sys.stderr.writelines(capture.read_global_capture())
+    sys.stderr.flush()
+    faulthandler.dump_traceback(sys.stderr, all_threads=True)
+    os._exit(1)

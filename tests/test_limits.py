@@ -139,6 +139,7 @@ def test_before():
     pass
 
 async def test_blocks_the_loop():
+    print("seen in the log")
     threading.Event().wait()
 
 def test_after():
@@ -146,11 +147,11 @@ def test_after():
 """
 
 
-def run(folder: Path, tests: str) -> "subprocess.CompletedProcess[str]":
+def run(folder: Path, tests: str, *options: str) -> "subprocess.CompletedProcess[str]":
     (folder / "pytest.ini").write_text(INI)
     (folder / "test_tiny.py").write_text(BACKEND + tests)
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "limits", "-p", "no:cacheprovider", "-rA", "--tb=short", "test_tiny.py"],
+        [sys.executable, "-m", "pytest", "-p", "limits", "-p", "no:cacheprovider", "-rA", "--tb=short", *options],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(TESTS)},
         capture_output=True,
@@ -199,9 +200,10 @@ def test_an_async_test_or_fixture_that_waits_too_long_or_fails_takes_no_other_te
     assert "in test_waits\n    await anyio.sleep(3600)" in done.stdout
 
 
-def test_a_test_that_blocks_ends_the_process_which_names_it(tmp_path: Path) -> None:
-    done = run(tmp_path, BLOCKING)
+@pytest.mark.parametrize("options", [(), ("--numprocesses=1", "--dist=loadfile", "--max-worker-restart=0")])
+def test_a_test_that_blocks_ends_its_process_which_names_it(tmp_path: Path, options: tuple[str, ...]) -> None:
+    done = run(tmp_path, BLOCKING, *options)
     assert done.returncode == 1
-    assert "HANGS test_tiny.py::test_blocks_the_loop" in done.stdout
-    assert "threading.Event().wait()" in done.stdout
-    assert " passed" not in done.stdout
+    assert "HANGS test_tiny.py::test_blocks_the_loop" in done.stderr
+    assert "seen in the log" in done.stderr and "in test_blocks_the_loop" in done.stderr
+    assert "test_after" not in done.stdout
