@@ -156,6 +156,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_dir: str = "media/logs"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_days: Annotated[int, Meta(ge=1, le=3650)] = 14
+    log_max_bytes: Annotated[int, Meta(ge=67_108_864, le=1_099_511_627_776)] = 1_073_741_824
 
     @property
     def hash_threads_per_worker(self) -> int:
@@ -173,6 +174,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def redis_pool_per_worker(self) -> int:
         return max(2, self.redis_pool_max // self.workers)
+
+    @property
+    def log_bytes_per_worker(self) -> int:
+        return self.log_max_bytes // self.workers
 
 
 def load_settings(environ: Mapping[str, str], *, env_file: Path = Path(".env")) -> Settings:

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line, to standard error and to a file that is rotated daily.
+"""Structured logs: one JSON object a line, to standard error and to a file (see `log_file.py`).
 
 The event loop only appends lines to a bounded buffer; a thread writes what has gathered, a few times a second: a thread
 that is woken for each line costs a request more than all else that authd does for it. No secret is ever passed to a
@@ -11,7 +11,6 @@ import sys
 import threading
 from collections import deque
 from datetime import UTC, datetime
-from logging.handlers import TimedRotatingFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import msgspec
 import structlog
 
 from authd.config import ConfigError, Settings
+from authd.observe.log_file import LogFile
 
 LOG_FILE = "auth_service.log"
 #: Lines that wait for a slow disk; beyond, the oldest are dropped rather than kept in memory or waited for.
@@ -162,11 +162,8 @@ def _file_handler(settings: Settings, worker: int) -> logging.Handler:
     folder = Path(settings.log_dir)
     name = LOG_FILE if worker == 0 else LOG_FILE.replace(".", f".worker-{worker}.")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         # A file for each worker: two processes cannot rotate one.
-        return TimedRotatingFileHandler(
-            folder / name, when="midnight", backupCount=settings.log_days, encoding="utf-8", utc=True
-        )
+        return LogFile(folder / name, days=settings.log_days, bytes_max=settings.log_bytes_per_worker)
     except OSError as error:
         raise ConfigError(f"AUTHD_LOG_DIR cannot be written: {error.strerror}.") from None
 

@@ -33,6 +33,7 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "hash_threads": (0, 256),
     "hash_queue_max": (1, 10_000),
     "log_days": (1, 3650),
+    "log_max_bytes": (64 * 2**20, 2**40),
     "unready_s": (0, 300),
     "headers_max": (16, 1000),
     "connections_max": (8, 1_000_000),
@@ -420,6 +421,7 @@ def test_workers_share_threads_and_pools(make_settings) -> None:
     assert settings.hash_threads_per_worker == 2
     assert settings.database_pool_per_worker == 5
     assert settings.redis_pool_per_worker == 16
+    assert settings.log_bytes_per_worker == 2**28
     crowded = make_settings(workers=64, hash_threads=1, database_pool_max=2, redis_pool_max=2)
     assert crowded.hash_threads_per_worker == 1
     assert crowded.database_pool_per_worker == crowded.redis_pool_per_worker == 2

@@ -2,15 +2,22 @@
 
 import json
 import logging
+import os
+import resource
+import signal
+import stat
 import subprocess
 import sys
-from datetime import datetime, timedelta
-from logging.handlers import TimedRotatingFileHandler
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from authd.config import ConfigError
+from authd.observe.log_file import LogFile
 from authd.observe.logs import LOG_FILE, _file_handler
 
 PROGRAM = """
@@ -126,24 +133,179 @@ def test_each_worker_has_a_file_of_its_own(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["auth_service.worker-2.log"]
 
 
+DAY = date(2026, 11, 25)
+BYTES_MAX = 8 * 1000
+
+
 @pytest.fixture
-def handler(make_settings, tmp_path: Path):
-    handler = _file_handler(make_settings(log_dir=tmp_path / "logs", log_days=2), 0)
-    yield handler
-    handler.close()
+def days() -> list[date]:
+    """What the clock says: its last entry."""
+    return [DAY]
 
 
-def test_the_file_is_rotated_at_midnight_and_old_ones_go(handler: TimedRotatingFileHandler, tmp_path: Path) -> None:
-    assert (handler.when, handler.utc, handler.backupCount) == ("MIDNIGHT", True, 2)
-    for day in range(4):
-        handler.emit(logging.makeLogRecord({"msg": f"day {day}"}))
-        handler.rolloverAt = handler.computeRollover(int(datetime(2026, 1, 1 + day).timestamp()))
-        handler.doRollover()
-    handler.emit(logging.makeLogRecord({"msg": "today"}))
-    files = sorted(file.name for file in (tmp_path / "logs").iterdir())
-    assert files[0] == LOG_FILE
-    assert len(files) == 3
-    assert (tmp_path / "logs" / LOG_FILE).read_text() == "today\n"
+@pytest.fixture
+def make_file(tmp_path: Path, days: list[date]) -> Iterator[Callable[[], LogFile]]:
+    with ExitStack() as stack:
+
+        def make() -> LogFile:
+            file = LogFile(tmp_path / "logs" / LOG_FILE, days=2, bytes_max=BYTES_MAX, today=lambda: days[-1])
+            stack.callback(file.close)
+            return file
+
+        yield make
+
+
+def emit(file: LogFile, *lines: str) -> None:
+    file.handle(logging.makeLogRecord({"msg": "\n".join(lines)}))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The text of each file by what follows its name."""
+    files = sorted((folder / "logs").iterdir())
+    return {file.name.removeprefix(LOG_FILE).lstrip("."): file.read_text() for file in files}
+
+
+def test_the_file_is_rotated_at_midnight_and_old_ones_go(
+    make_file: Callable[[], LogFile], days: list[date], tmp_path: Path
+) -> None:
+    file = make_file()
+    for number in range(4):
+        days.append(DAY + timedelta(days=number))
+        emit(file, f"line of day {number}", "another")
+    assert contents(tmp_path) == {
+        "": "line of day 3\nanother\n",
+        "2026-11-26": "line of day 1\nanother\n",
+        "2026-11-27": "line of day 2\nanother\n",
+    }
+
+
+def test_a_clock_that_goes_back_rotates_nothing(
+    make_file: Callable[[], LogFile], days: list[date], tmp_path: Path
+) -> None:
+    file = make_file()
+    emit(file, "one")
+    days.append(DAY - timedelta(days=1))
+    emit(file, "two")
+    assert contents(tmp_path) == {"": "one\ntwo\n"}
+
+
+def test_a_restart_goes_on_with_the_file_and_rotates_that_of_an_earlier_day(
+    make_file: Callable[[], LogFile], days: list[date], tmp_path: Path
+) -> None:
+    emit(make_file(), "before")
+    path = tmp_path / "logs" / LOG_FILE
+    for day in (DAY, DAY - timedelta(days=1)):
+        noon = datetime(day.year, day.month, day.day, 12, tzinfo=UTC).timestamp()
+        os.utime(path, (noon, noon))
+        emit(make_file(), "after")
+        days.append(DAY)
+    assert contents(tmp_path) == {"": "after\n", "2026-11-24": "before\nafter\n"}
+
+
+def test_a_flood_never_takes_more_than_the_bound_and_displaces_the_oldest(
+    make_file: Callable[[], LogFile], tmp_path: Path
+) -> None:
+    file = make_file()
+    lines = [f"{number:06}" for number in range(3 * BYTES_MAX // 7)]
+    for start in range(0, len(lines), 250):  # more at once than a file may have
+        emit(file, *lines[start : start + 250])
+        assert sum(map(len, contents(tmp_path).values())) <= BYTES_MAX
+    found = contents(tmp_path)
+    newest = found.pop("")
+    in_order = sorted(found, key=lambda name: int(name.removeprefix("2026-11-25").lstrip(".") or 0))
+    kept = ("".join(found[name] for name in in_order) + newest).split()
+    assert kept == lines[-len(kept) :]
+    assert len(kept) * 7 >= BYTES_MAX * 3 / 4
+
+
+def test_a_day_of_several_files_keeps_them_beside_other_days(
+    make_file: Callable[[], LogFile], days: list[date], tmp_path: Path
+) -> None:
+    file = make_file()
+    for letter in "abc":
+        emit(file, letter * 900)
+    days.append(DAY + timedelta(days=1))
+    emit(file, "d")
+    assert {name: text[0] for name, text in contents(tmp_path).items()} == {
+        "": "d",
+        "2026-11-25": "a",
+        "2026-11-25.1": "b",
+        "2026-11-25.2": "c",
+    }
+
+
+def test_a_line_that_no_file_has_room_for_is_cut(make_file: Callable[[], LogFile], tmp_path: Path) -> None:
+    emit(make_file(), "x" * 2500)
+    assert sorted(map(len, contents(tmp_path).values())) == [501, 1000, 1000]
+
+
+def test_files_of_others_in_the_folder_stay(make_file: Callable[[], LogFile], days: list[date], tmp_path: Path) -> None:
+    file = make_file()
+    names = [f"{LOG_FILE}.2020-01-01.gz", f"{LOG_FILE}.2020-13-01", f"other-{LOG_FILE}.2020-01-01"]
+    for name in names:
+        (tmp_path / "logs" / name).touch()
+    emit(file, "one")
+    days.append(DAY + timedelta(days=1))
+    emit(file, "two")
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {*names, LOG_FILE, f"{LOG_FILE}.2026-11-25"}
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_the_file_is_closed_to_other_users_whatever_the_umask(
+    make_file: Callable[[], LogFile], days: list[date], tmp_path: Path, umask: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        file = make_file()
+        emit(file, "one")
+        days.append(DAY + timedelta(days=1))
+        emit(file, "two")
+    finally:
+        os.umask(before)
+    folder = tmp_path / "logs"
+    assert [mode_of(path) for path in (folder, *folder.iterdir())] == [0o750, 0o640, 0o640]
+
+
+def test_what_an_earlier_authd_left_open_to_all_is_closed_and_what_is_tighter_stays(
+    make_file: Callable[[], LogFile], tmp_path: Path
+) -> None:
+    folder = tmp_path / "logs"
+    folder.mkdir(mode=0o700)
+    modes = {LOG_FILE: 0o644, f"{LOG_FILE}.2026-11-24": 0o666, f"{LOG_FILE}.2026-11-23": 0o600}
+    for name, mode in modes.items():
+        (folder / name).touch()
+        (folder / name).chmod(mode)
+    make_file()
+    assert mode_of(folder) == 0o700
+    assert [mode_of(folder / name) for name in modes] == [0o640, 0o640, 0o600]
+
+
+def test_lines_that_the_disk_does_not_take_are_counted_and_the_next_are_written(
+    make_file: Callable[[], LogFile], tmp_path: Path
+) -> None:
+    file = make_file()
+    emit(file, "one")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with capture_logs() as said:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4, limits[1]))
+            emit(file, "two", "three")
+            emit(file, "four")
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            emit(file, "five")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [(line["event"], line.get("lines_lost")) for line in said] == [
+        ("log_file_not_written", None),
+        ("log_file_written_again", 3),
+    ]
+    assert contents(tmp_path) == {"": "one\nfive\n"}
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def test_a_folder_that_cannot_be_written_is_said_so(make_settings, tmp_path: Path) -> None:
