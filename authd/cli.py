@@ -15,7 +15,7 @@ import anyio
 from authd import __version__, admin, runtime
 from authd.config import ConfigError, Settings, load_settings
 from authd.errors import Unavailable
-from authd.http.server import LISTEN_BACKLOG
+from authd.http.server import LISTEN_BACKLOG, Listeners
 from authd.observe.logs import start_logs
 from authd.workers import run_workers, stop_with_parent
 
@@ -45,7 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain([_sentence(error)], FAILED)
 
 
-def listen(bind: str) -> socket.socket:
+def open_listeners(settings: Settings) -> Listeners:
+    """Listening sockets on `AUTHD_BIND` and, where it is set, on `AUTHD_OPERATIONS_BIND`.
+
+    :raises ConfigError:
+    """
+    public = listen(settings.bind)
+    inner = settings.operations_bind
+    return Listeners(public, listen(inner, "AUTHD_OPERATIONS_BIND") if inner else None)
+
+
+def listen(bind: str, setting: str = "AUTHD_BIND") -> socket.socket:
     """A listening socket on `host:port`; an IPv6 host stands in brackets.
 
     :raises ConfigError:
@@ -56,7 +66,7 @@ def listen(bind: str) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, int(port)), family=family, backlog=LISTEN_BACKLOG)
     except OSError as error:
-        raise ConfigError(f"AUTHD_BIND={bind} cannot be listened on: {error.strerror}.") from None
+        raise ConfigError(f"{setting}={bind} cannot be listened on: {error.strerror}.") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="serve, with the settings of the environment and of .env")
     serve.add_argument("--fd", type=int, help=argparse.SUPPRESS)
+    serve.add_argument("--operations-fd", type=int, help=argparse.SUPPRESS)
     serve.add_argument("--worker", type=int, default=0, help=argparse.SUPPRESS)
     serve.add_argument("--life", type=int, help=argparse.SUPPRESS)
     serve.set_defaults(command=_serve)
@@ -154,15 +165,18 @@ def _serve(options: argparse.Namespace) -> int:
     if options.fd is not None:
         start_logs(settings, options.worker)
         stop_with_parent(options.life)
-        listener = socket.socket(fileno=options.fd)
+        inner = options.operations_fd
+        listeners = Listeners(
+            socket.socket(fileno=options.fd), socket.socket(fileno=inner) if inner is not None else None
+        )
     else:
         is_parent = settings.workers > 1
         # The first worker has the file: two processes cannot rotate one.
         start_logs(settings, None if is_parent else 0)
-        listener = listen(settings.bind)
+        listeners = open_listeners(settings)
         if is_parent:
-            return run_workers(settings, listener)
-    anyio.run(runtime.run, settings, listener, backend_options={"use_uvloop": True})
+            return run_workers(settings, listeners)
+    anyio.run(runtime.run, settings, listeners, backend_options={"use_uvloop": True})
     return OK
 
 

@@ -64,6 +64,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # The edge
     bind: Annotated[str, Meta(pattern=r"^.+:\d{1,5}$")] = "0.0.0.0:8000"
+    operations_bind: Annotated[str, Meta(pattern=r"^(.+:\d{1,5})?$")] = ""
     workers: Annotated[int, Meta(ge=1, le=64)] = 1
     trusted_proxies: tuple[Network, ...] = ()
     request_timeout_s: Timeout = 15.0
@@ -224,5 +225,8 @@ def _contradictions(settings: Settings) -> Iterator[str]:
     for origin in settings.cors_origins:
         if not _ORIGIN.fullmatch(origin):
             yield f"AUTHD_CORS_ORIGINS takes exact origins such as https://app.example.com, which {origin} is not."
-    if int(settings.bind.rpartition(":")[2]) > 65_535:
-        yield "AUTHD_BIND has a port above 65535."
+    for name, bind in (("AUTHD_BIND", settings.bind), ("AUTHD_OPERATIONS_BIND", settings.operations_bind)):
+        if bind and int(bind.rpartition(":")[2]) > 65_535:
+            yield f"{name} has a port above 65535."
+    if settings.operations_bind == settings.bind:
+        yield "AUTHD_OPERATIONS_BIND must differ from AUTHD_BIND: metrics would be where everybody is."

