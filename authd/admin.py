@@ -63,9 +63,7 @@ async def check(settings: Settings) -> int:
     _say(f"Kafka: {await _check_kafka(settings)}")
     if settings.trusted_proxies:
         proxies = ", ".join(map(str, settings.trusted_proxies))
-        _say(
-            f"Trusted proxies: {proxies}: of their X-Forwarded-For or Forwarded, the rightmost hop that is none of them"
-        )
+        _say(f"Trusted proxies: {proxies}: of their X-Forwarded-For, the rightmost hop that is none of them")
     else:
         _say("Trusted proxies: none: the client's address is the socket's, whatever the headers say")
     _say(_measure_hashing(settings))

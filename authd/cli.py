@@ -15,7 +15,7 @@ import anyio
 from authd import __version__, admin, runtime
 from authd.config import ConfigError, Settings, load_settings
 from authd.errors import Unavailable
-from authd.http.listening import listen
+from authd.http.listening import Listeners, open_listeners
 from authd.observe.logs import start_logs
 from authd.workers import run_workers, stop_with_parent
 
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="serve, with the settings of the environment and of .env")
     serve.add_argument("--fd", type=int, help=argparse.SUPPRESS)
+    serve.add_argument("--operations-fd", type=int, help=argparse.SUPPRESS)
     serve.add_argument("--worker", type=int, default=0, help=argparse.SUPPRESS)
     serve.add_argument("--life", type=int, help=argparse.SUPPRESS)
     serve.set_defaults(command=_serve)
@@ -145,15 +146,18 @@ def _serve(options: argparse.Namespace) -> int:
     if options.fd is not None:
         start_logs(settings, options.worker)
         stop_with_parent(options.life)
-        listener = socket.socket(fileno=options.fd)
+        inner = options.operations_fd
+        listeners = Listeners(
+            socket.socket(fileno=options.fd), socket.socket(fileno=inner) if inner is not None else None
+        )
     else:
         is_parent = settings.workers > 1
         # The first worker has the file: two processes cannot rotate one.
         start_logs(settings, None if is_parent else 0)
-        listener = listen(settings.bind)
+        listeners = open_listeners(settings)
         if is_parent:
-            return run_workers(settings, listener)
-    anyio.run(runtime.run, settings, listener, backend_options={"use_uvloop": True})
+            return run_workers(settings, listeners)
+    anyio.run(runtime.run, settings, listeners, backend_options={"use_uvloop": True})
     return OK
 
 

@@ -85,6 +85,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # The edge
     bind: Annotated[str, Meta(pattern=r"^[0-9A-Za-z._:%\[\]-]+:\d{1,5}$")] = "0.0.0.0:8000"
+    operations_bind: Annotated[str, Meta(pattern=r"^([0-9A-Za-z._:%\[\]-]+:\d{1,5})?$")] = ""
     workers: Annotated[int, Meta(ge=1, le=64)] = 1
     trusted_proxies: tuple[Network, ...] = ()
     request_timeout_s: Timeout = 15.0
@@ -267,8 +268,11 @@ def _contradictions(settings: Settings) -> Iterator[str]:
             f" (IPv6: /{TRUSTED_PREFIX_MIN_V6}): clients inside of it would choose their own address."
             " Name the networks of the proxies alone."
         )
-    if int(settings.bind.rpartition(":")[2]) > 65_535:
-        yield "AUTHD_BIND has a port above 65535."
+    for name, bind in (("AUTHD_BIND", settings.bind), ("AUTHD_OPERATIONS_BIND", settings.operations_bind)):
+        if bind and int(bind.rpartition(":")[2]) > 65_535:
+            yield f"{name} has a port above 65535."
+    if settings.operations_bind == settings.bind:
+        yield "AUTHD_OPERATIONS_BIND must differ from AUTHD_BIND: metrics would be where everybody is."
 
 
 def _unusable_urls(settings: Settings) -> Iterator[str]:

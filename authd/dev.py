@@ -8,7 +8,7 @@ from pathlib import Path
 
 from authd import runtime
 from authd.config import ConfigError, parse_settings, read_values
-from authd.http.listening import listen
+from authd.http.listening import open_listeners
 from authd.observe.logs import start_logs
 
 DEV_BIND = "127.0.0.1:8000"
@@ -44,7 +44,8 @@ async def run_dev(folder: Path) -> int:
                 _say(f"No Kafka: {error}. Events wait in the outbox.")
         settings = parse_settings(values | chosen)
         start_logs(settings)
-        await runtime.run(settings, listen(settings.bind), on_ready=lambda: _say(_WHAT_TO_TRY.format(settings.bind)))
+        listeners = open_listeners(settings)
+        await runtime.run(settings, listeners, on_ready=lambda: _say(_WHAT_TO_TRY.format(settings.bind)))
     return 0
 
 

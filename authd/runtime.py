@@ -8,7 +8,6 @@ the process with an error: starting again is the orchestrator's work.
 import gc
 import os
 import signal
-import socket
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -28,9 +27,10 @@ from authd.hasher import Hasher
 from authd.health import Health
 from authd.http.app import App
 from authd.http.credentials import make_credentials
+from authd.http.listening import Listeners
 from authd.http.oauth import make_oauth
 from authd.http.openapi import make_openapi
-from authd.http.operations import make_operations
+from authd.http.operations import make_inner_operations, make_operations
 from authd.http.server import HttpServer
 from authd.kafka.producer import Producer
 from authd.keys import KeyKeeper, SealedByAnotherSecret
@@ -48,6 +48,10 @@ from authd.tokens import TokenMint
 #: Time after all deadlines of a shutdown at which the process ends without ceremony.
 LAST_RESORT_S = 10.0
 START_RETRY_MAX_S = 2.0
+#: Connections at `AUTHD_OPERATIONS_BIND`, a worker: probes and scrapers are few.
+OPERATIONS_CONNECTIONS_MAX = 64
+#: How long a shutdown waits for what runs there: nothing that takes longer.
+OPERATIONS_DRAIN_S = 1.0
 #: New objects between two collections: Python's 700 are those of a request or two, and more than this take long enough
 #: to be seen by who waits meanwhile.
 GC_OBJECTS = 5_000
@@ -58,15 +62,15 @@ START_ERRORS = (*MIGRATION_ERRORS, SealedByAnotherSecret)
 _log = structlog.get_logger()
 
 
-async def run(settings: Settings, listener: socket.socket, *, on_ready: Callable[[], None] | None = None) -> None:
-    """Serve on a listening socket until SIGTERM or SIGINT; a second signal ends at once."""
+async def run(settings: Settings, listeners: Listeners, *, on_ready: Callable[[], None] | None = None) -> None:
+    """Serve on listening sockets until SIGTERM or SIGINT; a second signal ends at once."""
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with anyio.create_task_group() as root:
             stop = anyio.Event()
             root.start_soon(_watch_signals, signals, stop, settings)
             async with open_database(settings) as database, open_redis(settings) as redis:
                 await _wait_for_postgres(settings)
-                await _serve(settings, database, redis, listener, stop, on_ready)
+                await _serve(settings, database, redis, listeners, stop, on_ready)
             root.cancel_scope.cancel()
     _log.info("stopped")
 
@@ -75,7 +79,7 @@ async def _serve(
     settings: Settings,
     database: Database,
     redis: RedisClient,
-    listener: socket.socket,
+    listeners: Listeners,
     stop: anyio.Event,
     on_ready: Callable[[], None] | None,
 ) -> None:
@@ -118,7 +122,7 @@ async def _serve(
             make_credentials(settings, accounts, sessions),
             make_oauth(settings, ClientRegistry(remembered.clients), TokenDesk(mint, sessions)),
             make_operations(settings, health, ring),
-            make_openapi(settings.issuer),
+            make_openapi(settings),
         ],
     )
     _log.info("trusted_proxies", networks=[str(network) for network in settings.trusted_proxies])
@@ -132,7 +136,7 @@ async def _serve(
         await tree.enter_async_context(running(relay.run, last=relay.drain))
         await tree.enter_async_context(running(health.run))
         await tree.enter_async_context(running(hasher.run))
-        await tree.enter_async_context(_serving(app, listener, settings, health))
+        await tree.enter_async_context(_serving(app, listeners, settings, health))
         # What is built by now stays: the collector need not look at it again, nor after every few requests.
         gc.freeze()
         gc.set_threshold(GC_OBJECTS)
@@ -157,10 +161,20 @@ async def running(
 
 
 @asynccontextmanager
-async def _serving(app: App, listener: socket.socket, settings: Settings, health: Health) -> AsyncGenerator[None, None]:
-    async with HttpServer(app, settings).serving(listener):
+async def _serving(app: App, listeners: Listeners, settings: Settings, health: Health) -> AsyncGenerator[None, None]:
+    apps = [app]
+    async with AsyncExitStack() as servers:
+        if listeners.operations is not None:  # it stops last, to tell of the drain
+            inner = App(settings, [make_inner_operations(health)])
+            apps.append(inner)
+            server = HttpServer(inner, settings, connections_max=OPERATIONS_CONNECTIONS_MAX, drain_s=OPERATIONS_DRAIN_S)
+            await servers.enter_async_context(server.serving(listeners.operations))
+        server = HttpServer(app, settings, connections_max=settings.connections_per_worker, drain_s=settings.drain_s)
+        await servers.enter_async_context(server.serving(listeners.public))
         yield
-        health.is_draining = app.is_draining = True
+        health.is_draining = True
+        for each in apps:
+            each.is_draining = True
         # The balancer sees /readyz and sends nobody else; who comes meanwhile is answered, and told to leave.
         await anyio.sleep(settings.unready_s)
 

@@ -1,8 +1,7 @@
-"""Several processes on one listening socket: a parent that only starts whole trees and forwards signals."""
+"""Several processes on the same listening sockets: a parent that only starts whole trees and forwards signals."""
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,11 +13,12 @@ from types import FrameType
 import structlog
 
 from authd.config import Settings
+from authd.http.listening import Listeners
 
 _log = structlog.get_logger()
 
 
-def run_workers(settings: Settings, listener: socket.socket) -> int:
+def run_workers(settings: Settings, listeners: Listeners) -> int:
     """Start `settings.workers` processes and wait for all; return the first exit status that is not 0.
 
     When one ends unasked the others are told to stop, and the orchestrator starts the whole again.
@@ -28,11 +28,14 @@ def run_workers(settings: Settings, listener: socket.socket) -> int:
         environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": metrics_folder}
         # The children's pids come with their handles; a signal that comes before is held back until then.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-        command = [sys.executable, "-m", "authd", "serve", f"--fd={listener.fileno()}", f"--life={life}"]
+        command = [sys.executable, "-m", "authd", "serve", f"--fd={listeners.public.fileno()}", f"--life={life}"]
+        passed = [listener for listener in listeners if listener is not None]
+        if listeners.operations is not None:
+            command.append(f"--operations-fd={listeners.operations.fileno()}")
         children = [
             subprocess.Popen(  # noqa: S603
                 [*command, f"--worker={worker}"],
-                pass_fds=[listener.fileno(), life],
+                pass_fds=[*(listener.fileno() for listener in passed), life],
                 env=environment,
                 # A terminal's Ctrl-C goes to the parent alone, which forwards it: else it would count twice.
                 start_new_session=True,
@@ -40,8 +43,9 @@ def run_workers(settings: Settings, listener: socket.socket) -> int:
             )
             for worker in range(settings.workers)
         ]
-        # While the parent holds the socket, clients can connect to it when no child is left, and hang.
-        listener.close()
+        # While the parent holds a socket, clients can connect to it when no child is left, and hang.
+        for listener in passed:
+            listener.close()
         os.close(life)
 
         left = {child.pid: child for child in children}

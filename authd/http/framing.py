@@ -150,6 +150,6 @@ def _check_head(head: bytes) -> None:
     if method != method.upper():
         raise FramingError("bad_http")
     # More than one, `21, 21` included: what they say may differ for whoever reads only the first.
-    lengths = _CONTENT_LENGTH.findall(head.lower())
+    lengths = _CONTENT_LENGTH.findall(head.lower())  # in lower case, since to ignore case is far slower
     if len(lengths) > 1 or any(not length.rstrip(b" \t").isdigit() for length in lengths):
         raise FramingError("bad_http")

@@ -10,6 +10,7 @@ from quart import Blueprint, Response
 
 from authd import __version__
 from authd.accounts import FULL_NAME_CHARS_MAX, USERNAME_CHARS_MAX, Profile
+from authd.config import Settings
 from authd.health import Report
 from authd.http.problems import MEDIA_TYPE, PROBLEMS
 from authd.http.wire import LogoutRequest, RefreshRequest, RegisterRequest, SessionsReply, StatusReply, json_response
@@ -154,6 +155,11 @@ ROUTES = (
     Route("get", "/readyz", "Which parts answer; 503 when requests would fail", Report),
     Route("get", "/metrics", "What Prometheus reads", None),
 )
+#: With `AUTHD_OPERATIONS_BIND`, what is left of them at `AUTHD_BIND`; None: nothing.
+_OUTER = {
+    "/readyz": Route("get", "/readyz", "Whether requests would succeed; 503 where not", StatusReply),
+    "/metrics": None,
+}
 
 #: Beyond the types, what a value has to be.
 _HINTS: dict[tuple[str, str], dict[str, Any]] = {
@@ -168,9 +174,9 @@ _SECURITY = {
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 0}}}
 
 
-def make_openapi(issuer: str) -> Blueprint:
+def make_openapi(settings: Settings) -> Blueprint:
     routes = Blueprint("openapi", __name__)
-    document = msgspec.json.encode(describe(issuer))
+    document = msgspec.json.encode(describe(settings.issuer, is_outer=bool(settings.operations_bind)))
 
     @routes.get("/openapi.json")
     async def openapi() -> Response:
@@ -181,16 +187,19 @@ def make_openapi(issuer: str) -> Blueprint:
     return routes
 
 
-def describe(issuer: str) -> dict[str, Any]:
-    """The document. `issuer` is named as the server where it is a URL."""
-    used = {Problem, *(kind for route in ROUTES for kind in (route.reply, route.body) if kind is not None)}
+def describe(issuer: str, *, is_outer: bool = False) -> dict[str, Any]:
+    """The document. `issuer` is named as the server where it is a URL. `is_outer`: metrics and parts are told to an
+    inner address alone.
+    """
+    routes = [found for route in ROUTES if (found := _OUTER.get(route.path, route) if is_outer else route)]
+    used = {Problem, *(kind for route in routes for kind in (route.reply, route.body) if kind is not None)}
     kinds = sorted(used, key=str)
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     for (name, field), hint in _HINTS.items():
         schemas[name]["properties"][field].update(hint)
     paths: dict[str, dict[str, Any]] = defaultdict(dict)
     refusals: dict[str, Any] = {}
-    for route in ROUTES:
+    for route in routes:
         paths[route.path][route.method] = _operation(route, refusals)
     document: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -227,8 +236,8 @@ def _responses(route: Route, refusals: dict[str, Any]) -> dict[str, Any]:
         name = ".".join(codes)
         refusals[name] = refusal = _refusal(status, codes)
         responses[str(status)] = _reference("responses", name)
-        if route.reply is Report and status == 503:
-            responses["503"] = refusal | {"content": refusal["content"] | _content(Report)}
+        if route.path == "/readyz" and route.reply is not None and status == 503:
+            responses["503"] = refusal | {"content": refusal["content"] | _content(route.reply)}
     return responses
 
 

@@ -1,13 +1,11 @@
 """For operators and verifiers: liveness, readiness, metrics and the public keys."""
 
-import os
-
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import CONTENT_TYPE_LATEST
 from quart import Blueprint, Response
 
 from authd.config import Settings
 from authd.health import Health
+from authd.http.exposition import make_exposition
 from authd.http.wire import StatusReply, json_response
 from authd.tokens import KeyRing
 
@@ -15,9 +13,34 @@ JWKS_MAX_AGE_S = 300
 
 
 def make_operations(settings: Settings, health: Health, ring: KeyRing) -> Blueprint:
-    routes = Blueprint("operations", __name__)
+    """The endpoints at `AUTHD_BIND`: with `AUTHD_OPERATIONS_BIND` the metrics and the parts are told there alone."""
+    routes = make_inner_operations(health) if not settings.operations_bind else _make_probes(health, has_parts=False)
     # A verifier that keeps to it has read a key again before that signs.
     jwks_max_age_s = min(JWKS_MAX_AGE_S, settings.key_publish_s // 2)
+
+    @routes.get("/.well-known/jwks.json")
+    async def jwks() -> Response:
+        response = json_response(ring.jwks())
+        response.headers["Cache-Control"] = f"public, max-age={jwks_max_age_s}"
+        return response
+
+    return routes
+
+
+def make_inner_operations(health: Health) -> Blueprint:
+    """The endpoints at `AUTHD_OPERATIONS_BIND`."""
+    routes = _make_probes(health, has_parts=True)
+    exposition = make_exposition()
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        return Response(await exposition.read(), content_type=CONTENT_TYPE_LATEST)
+
+    return routes
+
+
+def _make_probes(health: Health, *, has_parts: bool) -> Blueprint:
+    routes = Blueprint("operations", __name__)
 
     @routes.get("/livez")
     async def livez() -> Response:
@@ -26,20 +49,6 @@ def make_operations(settings: Settings, health: Health, ring: KeyRing) -> Bluepr
     @routes.get("/readyz")
     async def readyz() -> Response:
         report = health.report()
-        return json_response(report, 200 if report.is_ready else 503)
-
-    @routes.get("/metrics")
-    async def metrics() -> Response:
-        registry = REGISTRY
-        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # several workers: each answers for all
-            registry = CollectorRegistry()
-            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-        return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST)
-
-    @routes.get("/.well-known/jwks.json")
-    async def jwks() -> Response:
-        response = json_response(ring.jwks())
-        response.headers["Cache-Control"] = f"public, max-age={jwks_max_age_s}"
-        return response
+        return json_response(report if has_parts else StatusReply(report.status), 200 if report.is_ready else 503)
 
     return routes

@@ -87,28 +87,32 @@ class Http1(H11Protocol):
 
         :raises FramingError, h11.RemoteProtocolError:
         """
-        while True:
+        while not self._framing.has_more or await self._next_request():
+            data = self._framing.take()
+            if not data:
+                return
+            self.connection.receive_data(data)
+            while await self._handle_event(self.connection.next_event()):
+                pass
+
+    async def _handle_event(self, event: Any) -> bool:
+        """Whether the parser may have more: to ask it in vain costs as much as any event."""
+        if isinstance(event, h11.Request):
+            await self.send(Updated(idle=False))
+            length = _body_length(event)
+            self._framing.begin_body(length)
+            await self._create_stream(event)
             if self.connection.they_are_waiting_for_100_continue:
                 headers = self.config.response_headers("h11")
                 await self._send_h11_event(h11.InformationalResponse(status_code=100, headers=headers))
-            event: Any = self.connection.next_event()
-            if isinstance(event, h11.Request):
-                await self.send(Updated(idle=False))
-                self._framing.begin_body(_body_length(event))
-                await self._create_stream(event)
-            elif event in (h11.NEED_DATA, h11.PAUSED):  # paused: over an `Upgrade`, which is ignored
-                if self._framing.has_more and not await self._next_request():
-                    return
-                data = self._framing.take()
-                if not data:
-                    return
-                self.connection.receive_data(data)
-            elif self.stream is None:  # it was answered before its end
-                return
-            elif isinstance(event, h11.Data):
+            return length == 0
+        if isinstance(event, h11.Data):
+            if self.stream is not None:  # or it was answered before its end
                 await self.stream.handle(Body(stream_id=STREAM_ID, data=event.data))
-            else:
-                await self.stream.handle(EndBody(stream_id=STREAM_ID))
+            return True
+        if isinstance(event, h11.EndOfMessage) and self.stream is not None:
+            await self.stream.handle(EndBody(stream_id=STREAM_ID))
+        return False
 
     async def _next_request(self) -> bool:
         """Wait until the present request is answered; False where the connection ends with it. Bytes behind such a

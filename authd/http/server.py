@@ -51,8 +51,10 @@ _log = structlog.get_logger()
 
 
 class HttpServer:
-    def __init__(self, app: App, settings: Settings) -> None:
+    def __init__(self, app: App, settings: Settings, *, connections_max: int, drain_s: float) -> None:
         self.settings = settings
+        self._connections_max = connections_max
+        self._drain_s = drain_s
         self.config = make_config(settings)
         self.context = WorkerContext(None)
         self.app = app
@@ -66,8 +68,11 @@ class HttpServer:
     async def serving(self, listener: socket.socket) -> AsyncGenerator[None, None]:
         """Serve while the body runs; then drain: idle connections close at once, requests get `drain_s`, what is left
         then is answered with a 503. The listener is closed.
+
+        :raises IgnoredHook:
         """
-        _raise_descriptor_limit(self.settings.connections_per_worker)
+        self.app.refuse_hooks()
+        _raise_descriptor_limit(self._connections_max)
         loop = asyncio.get_running_loop()
         self.now = loop.time
         async with anyio.create_task_group() as self._group:
@@ -84,7 +89,7 @@ class HttpServer:
         for connection in list(self._connections):
             if connection.is_idle:
                 connection.abort()
-        with anyio.move_on_after(self.settings.drain_s):
+        with anyio.move_on_after(self._drain_s):
             await self._until_gone()
         self.app.end_requests()
         with anyio.move_on_after(FAREWELL_S):
@@ -98,7 +103,7 @@ class HttpServer:
             await self._gone.wait()
 
     def _make_protocol(self) -> asyncio.BaseProtocol:
-        if len(self._connections) < self.settings.connections_per_worker or self._evict():
+        if len(self._connections) < self._connections_max or self._evict():
             return _StreamProtocol(asyncio.StreamReader(), self._connected)
         metrics.connections_ended.labels("refused").inc()
         return _Refusal(self._refusals)

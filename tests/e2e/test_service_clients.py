@@ -133,9 +133,29 @@ async def test_a_client_shows_its_secret_in_the_header_or_in_the_form(api: Api, 
     for headers, form in ways:
         answer = await api.post(path, data={"token": "junk", **form}, headers=headers)
         assert answer.status_code == 200, answer.text
+    # `client_id` alone is no second way to authenticate: some libraries send it always.
+    answer = await api.post(path, data={"token": "junk", "client_id": client_id}, headers=ways[0][0])
+    assert answer.status_code == 200
     # The scheme's name may be written in any case.
     headers = {"Authorization": basic(f"{client_id}:{secret}")["Authorization"].replace("Basic", "bAsIc")}
     assert (await api.post(path, data={"token": "junk"}, headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/auth/introspect", "/auth/revoke"])
+async def test_a_client_that_shows_itself_in_two_ways_at_once_is_refused(
+    api: Api, client: Credentials, path: str
+) -> None:
+    client_id, secret = client
+    both = {"client_id": client_id, "client_secret": secret}
+    for headers in (basic(f"{client_id}:{secret}"), basic(f"{client_id}:"), basic(client_id), basic(":")):
+        problem = assert_problem(
+            await api.post(path, data={"token": "junk", **both}, headers=headers), 422, "invalid_request"
+        )
+        assert problem["error"] == "invalid_request"
+        assert [error["field"] for error in problem["errors"]] == ["client_secret"]
+    # Nor is a broken header overlooked where the form has a client.
+    form = {"token": "junk", "client_id": client_id}
+    assert_not_let_in(await api.post(path, data=form, headers={"Authorization": "Basic !!!"}))
 
 
 @pytest.mark.parametrize("path", ["/auth/introspect", "/auth/revoke"])

@@ -5,11 +5,19 @@ from ipaddress import ip_address, ip_network
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 from quart import Request
 from werkzeug.datastructures import Headers
 
 from authd.errors import MissingToken
-from authd.http.client import bearer_token, find_client
+from authd.http.client import (
+    ADDRESS_CHARS_MAX,
+    HOPS_MAX,
+    _parse_address,
+    bearer_token,
+    find_address,
+    find_client,
+)
 from authd.redis.sessions import USER_AGENT_BYTES_MAX
 
 PROXIES = tuple(map(ip_network, ("10.0.0.0/8", "192.0.2.1/32", "fd00::/8")))
@@ -60,6 +68,13 @@ def test_a_peer_that_is_no_proxy_says_nothing() -> None:
         (("::ffff:203.0.113.9",), "203.0.113.9"),
         (("203.0.113.9, ::ffff:10.2.2.2",), "203.0.113.9"),
         (("fe80::1%eth0",), "fe80::1"),
+        # With ports, as Azure's gateways, IIS and AWS's balancers may write them.
+        (("203.0.113.9:4711",), "203.0.113.9"),
+        (("[2001:db8::7]:443",), "2001:db8::7"),
+        (("[2001:db8::7]",), "2001:db8::7"),
+        (("[fe80::1%eth0]:443",), "fe80::1"),
+        (("[::ffff:203.0.113.9]:443, 10.2.2.2:80",), "203.0.113.9"),
+        (("203.0.113.9:1,[fd00::1]:2",), "203.0.113.9"),
     ],
 )
 def test_the_rightmost_untrusted_hop_counts(forwarded: tuple[str, ...], expected: str) -> None:
@@ -67,7 +82,11 @@ def test_the_rightmost_untrusted_hop_counts(forwarded: tuple[str, ...], expected
 
 
 @pytest.mark.parametrize(
-    "garbage", ["", "unknown", "_hidden", "203.0.113.9:80", "[2001:db8::1]", "1.2.3", "'", "٣.1.1.1"]
+    "garbage",
+    [
+        *("", "unknown", "_hidden", "1.2.3", "'", "٣.1.1.1", "203.0.113.9:", "203.0.113.9:http", "203.0.113.9:123456"),
+        *("[2001:db8::1", "2001:db8::1]", "[]", "[]:80", "[203.0.113.9", "[[::1]]", "[2001:db8::1]:", ":80", "[::1]x"),
+    ],
 )
 def test_garbage_ends_the_search_at_the_last_hop_that_was_believed(garbage: str) -> None:
     assert address_of("10.0.0.1", f"203.0.113.9, {garbage}") == "10.0.0.1"
@@ -120,71 +139,45 @@ def test_no_bearer_token_is_said_so(text: str | None) -> None:
         bearer_token(make_request(None, *headers))
 
 
-# Forwarded (RFC 7239)
+# What a stranger's text may cost
 
 
-def address_by(*headers: tuple[str, str], peer: str = "10.0.0.1") -> str:
-    return find_client(make_request((peer, 4711), *headers), PROXIES).address
+def test_only_one_header_is_read() -> None:
+    """Or a guesser behind a proxy that writes this one would have a second budget by the other."""
+    for forged in ("for=198.51.100.7", "for=unknown", 'for="'):
+        headers = [("X-Forwarded-For", "203.0.113.9"), ("Forwarded", forged)]
+        assert find_client(make_request(("10.0.0.1", 1), *headers), PROXIES).address == "203.0.113.9"
+        assert find_client(make_request(("10.0.0.1", 1), ("Forwarded", forged)), PROXIES).address == "10.0.0.1"
 
 
-@pytest.mark.parametrize(
-    ("lines", "expected"),
-    [
-        (("for=203.0.113.9",), "203.0.113.9"),
-        (("For=203.0.113.9;proto=https;by=10.0.0.1",), "203.0.113.9"),
-        (('proto=http; for="203.0.113.9:4711" ;host=example.org',), "203.0.113.9"),
-        (('for="[2001:db8:cafe::17]:4711"',), "2001:db8:cafe::17"),
-        (('for="[2001:db8::7]"',), "2001:db8::7"),
-        (('for="[::ffff:203.0.113.9]"',), "203.0.113.9"),
-        (("for=1.1.1.1, for=203.0.113.9, for=10.9.9.9",), "203.0.113.9"),
-        (("for=1.1.1.1", "for=203.0.113.9 , for=192.0.2.1"), "203.0.113.9"),
-        (('for="20\\3.0.113.9"',), "203.0.113.9"),
-        (("for=10.2.2.2",), "10.2.2.2"),
-        # No address: the last hop that was believed.
-        (("for=203.0.113.9, for=unknown",), "10.0.0.1"),
-        (("for=203.0.113.9, for=_hidden, for=10.2.2.2",), "10.2.2.2"),
-        (("for=203.0.113.9, proto=https",), "10.0.0.1"),
-        (("",), "10.0.0.1"),
-        (("for=203.0.113.9,",), "10.0.0.1"),
-    ],
-)
-def test_the_rightmost_untrusted_hop_of_forwarded_counts(lines: tuple[str, ...], expected: str) -> None:
-    assert address_by(*[("Forwarded", line) for line in lines]) == expected
+def test_text_that_is_too_long_for_an_address_is_not_kept() -> None:
+    before = _parse_address.cache_info().currsize
+    for number in range(10):
+        junk = f"{number}".rjust(ADDRESS_CHARS_MAX + 1, "1")
+        assert address_of("10.0.0.1", junk) == "10.0.0.1"
+        assert address_of("10.0.0.1", f"2001:db8::7%{junk}") == "10.0.0.1"
+    assert _parse_address.cache_info().currsize <= before + 1  # the peer
+
+
+def test_hops_are_looked_at_up_to_a_number() -> None:
+    looked_at = _parse_address.cache_info
+    hops = ["203.0.113.9", *(f"10.1.{number // 256}.{number % 256}" for number in range(1000))]
+    before = looked_at().misses
+    assert address_of("10.0.0.1", ",".join(hops)) == f"10.1.{(1000 - HOPS_MAX) // 256}.{(1000 - HOPS_MAX) % 256}"
+    assert looked_at().misses - before <= HOPS_MAX + 1
 
 
 @pytest.mark.parametrize(
-    "written",
-    [
-        # By the caller, before the proxy adds its own element.
-        'for=1.1.1.1;x="',
-        'for="1.1.1.1',
-        'for="1.1.1.1\\',
-        "for=1.1.1.1 for=2.2.2.2",
-        "for=1.1.1.1;for=2.2.2.2",
-        "for",
-        "for==",
-    ],
+    ("forwarded", "counted"),
+    [(None, 0), ("203.0.113.9", 0), ("10.2.2.2", 0), ("junk, 203.0.113.9", 0), ("203.0.113.9, unknown", 1), ("", 1)],
 )
-def test_what_the_caller_wrote_cannot_swallow_what_the_proxy_adds(written: str) -> None:
-    for added in ("for=203.0.113.9", 'for="[2001:db8::7]:80"', 'for="203.0.113.9:80"'):
-        assert address_by(("Forwarded", f"{written}, {added}")) == "10.0.0.1"
-        assert address_by(("Forwarded", written), ("Forwarded", added)) == "10.0.0.1"
+def test_a_proxy_that_names_no_usable_hop_is_counted_once_a_request(forwarded: str | None, counted: int) -> None:
+    def count() -> float:
+        return REGISTRY.get_sample_value("authd_forwarded_unusable_total") or 0
 
-
-def test_headers_that_disagree_are_not_believed_and_one_that_is_alone_is() -> None:
-    both = [("X-Forwarded-For", "1.1.1.1, 203.0.113.9"), ("Forwarded", "for=203.0.113.9;proto=https")]
-    assert address_by(*both) == address_by(*reversed(both)) == "203.0.113.9"
-    # Either may be the caller's: a proxy that writes the one hands the other on.
-    assert address_by(("X-Forwarded-For", "1.1.1.1"), ("Forwarded", "for=203.0.113.9")) == "10.0.0.1"
-    assert address_by(("X-Forwarded-For", "203.0.113.9"), ("Forwarded", "for=1.1.1.1")) == "10.0.0.1"
-    assert address_by(("X-Forwarded-For", "203.0.113.9"), ("Forwarded", "junk")) == "10.0.0.1"
-
-
-def test_forwarded_of_no_trusted_proxy_says_nothing() -> None:
-    assert address_by(("Forwarded", "for=1.1.1.1"), peer="198.51.100.1") == "198.51.100.1"
-    assert find_client(make_request(("10.0.0.1", 1), ("Forwarded", "for=1.1.1.1")), ()).address == "10.0.0.1"
-
-
-@given(st.lists(st.text('for=1.2,;"\\ []:x', max_size=60), max_size=3))
-def test_any_forwarded_gives_an_address(lines: list[str]) -> None:
-    ip_address(address_by(*[("Forwarded", line) for line in lines]))
+    before = count()
+    request = make_request(("10.0.0.1", 1), *([] if forwarded is None else [("X-Forwarded-For", forwarded)]))
+    for _ in range(2):
+        find_client(request, PROXIES)
+        find_address(request, PROXIES)
+    assert count() - before == counted

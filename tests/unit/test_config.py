@@ -55,6 +55,7 @@ TIMEOUTS = (
 )
 UNUSABLE_TEXTS = {
     "bind": ("8000", "127.0.0.1", ":8000", "127.0.0.1:http", "127.0.0.1:123456", "http://user:pw@host:80"),
+    "operations_bind": ("8001", "127.0.0.1", ":8001", "127.0.0.1:http", "127.0.0.1:123456"),
     "deployment": ("Main", "a b", "x" * 33, "a{b}"),
     "trusted_proxies": ("10.0.0.1/8", "10.0.0.0/33", "proxy", "10.0.0.0/8, nowhere"),
     "kafka_registration_topic": ("user created", "x" * 250, "a/b"),
@@ -357,6 +358,8 @@ SECRET_31, SECRET_32, OTHER_32 = "s" * 31, "s" * 32, "o" * 32
             "AUTHD_JWT_SECRET must differ from AUTHD_SECRET",
         ),
         ({"AUTHD_JWT_SECRET": SECRET_32}, "AUTHD_JWT_SECRET is only for AUTHD_JWT_ALGORITHM=HS256"),
+        ({"AUTHD_OPERATIONS_BIND": "0.0.0.0:8000"}, "AUTHD_OPERATIONS_BIND must differ from AUTHD_BIND"),
+        ({"AUTHD_OPERATIONS_BIND": "127.0.0.1:65536"}, "AUTHD_OPERATIONS_BIND has a port above 65535"),
         ({"AUTHD_HASH_DEADLINE_S": "15"}, "AUTHD_HASH_DEADLINE_S must be below AUTHD_REQUEST_TIMEOUT_S"),
         ({"AUTHD_KAFKA_SECURITY_PROTOCOL": "SASL_SSL"}, "AUTHD_KAFKA_USERNAME and AUTHD_KAFKA_PASSWORD are required"),
         (

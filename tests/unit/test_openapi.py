@@ -50,7 +50,7 @@ def test_every_route_is_described_and_no_other(document: dict[str, Any], setting
         make_credentials(settings, nothing, nothing),
         make_oauth(settings, nothing, nothing),
         make_operations(settings, nothing, nothing),
-        make_openapi(settings.issuer),
+        make_openapi(settings),
     ]
     served = {
         (re.sub(r"<(\w+)>", r"{\1}", rule.rule), method.lower())

@@ -10,10 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quart import Blueprint, Response, abort, request
 from quart.typing import TestClientProtocol as Client
+from werkzeug.sansio import request as sansio_request
 
 from authd.errors import Unavailable
 from authd.http.app import App
-from authd.http.wire import FORM_FIELDS_MAX, RefreshRequest, RegisterRequest, json_response, read_form, read_json
+from authd.http.wire import (
+    CONTENT_TYPE_CHARS_MAX,
+    FORM_FIELDS_MAX,
+    RefreshRequest,
+    RegisterRequest,
+    json_response,
+    read_form,
+    read_json,
+    read_logout_scope,
+)
 
 JSON = {"Content-Type": "application/json"}
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -31,6 +41,10 @@ def make_app(make_settings) -> App:
     @routes.post("/form")
     async def read_a_form() -> Response:
         return json_response(await read_form(request, "username", "password"))
+
+    @routes.post("/scope")
+    async def read_a_scope() -> Response:
+        return json_response(await read_logout_scope(request))
 
     @routes.get("/slow")
     async def be_slow() -> Response:
@@ -254,3 +268,44 @@ async def test_requests_that_are_ended_answer_at_once_as_the_drain_needs(app: Ap
         app.end_requests()
     assert statuses == [503]
     assert not app.inflight
+
+
+# What a stranger's header may cost
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The types that werkzeug took apart."""
+    seen: list[str] = []
+    parse = sansio_request.parse_options_header
+
+    def listen(value: str) -> tuple[str, dict[str, str]]:
+        seen.append(value)
+        return parse(value)
+
+    monkeypatch.setattr(sansio_request, "parse_options_header", listen)
+    return seen
+
+
+@pytest.mark.parametrize("path", ["/json", "/form", "/scope"])
+@pytest.mark.parametrize("parameter", [";a*=utf-8''%41", ";", '; a="\\\\"'])
+async def test_a_type_that_is_too_long_is_refused_before_it_is_parsed(
+    client: Client, parsed: list[str], path: str, parameter: str
+) -> None:
+    kind = FORM["Content-Type"] if path == "/form" else JSON["Content-Type"]
+    long = kind + parameter * (CONTENT_TYPE_CHARS_MAX // len(parameter))
+    response = await client.post(path, data=b"{}", headers={"Content-Type": long})
+    assert (await problem_of(response))["code"] == "unsupported_media_type"
+    assert parsed == []
+    short = long[:CONTENT_TYPE_CHARS_MAX].rpartition(";")[0]
+    await client.post(path, data=b"{}", headers={"Content-Type": short})
+    assert parsed == [short]
+
+
+async def test_a_query_of_many_fields_is_refused_and_one_of_few_is_read(client: Client) -> None:
+    response = await client.post("/scope?" + "a&" * 4000)
+    assert (await problem_of(response))["code"] == "malformed_request"
+    response = await client.post("/scope?" + "a=b&" * (FORM_FIELDS_MAX - 1) + "scope=current")
+    assert json.loads(await response.get_data()) == "current"
+    for query in ("scope", "scope=", "scope=none", "scope=%ff"):
+        assert (await problem_of(await client.post("/scope?" + query)))["code"] == "invalid_request"
