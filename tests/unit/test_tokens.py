@@ -572,7 +572,7 @@ def test_a_key_is_published_at_once_and_signs_from_its_time(make_settings) -> No
 def test_a_clock_that_is_behind_every_key_signs_with_the_oldest(make_settings) -> None:
     ring = KeyRing([signing("es-2", NOW + 100), signing("es-1", NOW + 50)], [MacKey(1, b"m" * 32, NOW + 50), MAC_2])
     mint = TokenMint(make_settings(), ring, Clock(NOW - 3600))
-    assert mint.read_access(mint.make_access(42, SESSION, 1, "j")).user_id == 42
+    assert mint.read_access(mint.make_access(ADA, SESSION, 1, "j")).subject == ADA
     assert ring.signing_key("ES256", NOW - 3600).kid == "es-1"
     assert mint.mac_key_id() == 1
 
