@@ -94,8 +94,11 @@ async def measure_once(port: int, abuse: Abuse) -> Seen:
 
     asking = asyncio.create_task(ask())
     start = time.perf_counter()
-    async with asyncio.timeout(ANSWER_S):
-        status = await send(port, abuse.raw)
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            status = await send(port, abuse.raw)
+    except TimeoutError:
+        raise SystemExit(f"FAIL: {abuse.name}: no answer within {ANSWER_S:g} s") from None
     took_s = time.perf_counter() - start
     is_over = True
     await asking
