@@ -119,8 +119,8 @@ class Hasher:
 
     Known devices wait in one queue, all others in the other, and the threads are shared by WEIGHTS. In both, networks
     get equal seconds of hashing, then their addresses, then the accounts of an address. So a flood, of wrong guesses or
-    of right logins, makes nobody of another network wait for more than one hash of each network that floods. A job of
-    who holds little displaces, in a full queue, the newest job of who holds most.
+    of right logins, makes nobody of another network wait for much more than one hash of each network that floods the
+    same queue. In a full queue, a job of who holds little displaces the newest job of who holds most.
 
     All methods raise `Unavailable("hashing")`: when the job's queue is full and nobody holds more of it, when the work
     before the job's turn will take longer than `hash_deadline_s`, and when it was displaced, though no sooner than
