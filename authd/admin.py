@@ -9,15 +9,16 @@ import anyio
 
 from authd.accounts import username_key
 from authd.clients import FRESH_S, ClientRegistry
+from authd.clocks import ClockWatch, WrongClock
 from authd.config import Settings
 from authd.errors import Unavailable
 from authd.kafka.producer import Producer
 from authd.keys import DATA, KeyKeeper
 from authd.passwords import COST_MAX, verify_password
-from authd.postgres.database import open_database
+from authd.postgres.database import Database, open_database
 from authd.postgres.migrate import migrate as run_migrations
 from authd.postgres.outbox import PARKED_ROWS
-from authd.redis.client import NO_EVICTION, open_redis
+from authd.redis.client import NO_EVICTION, RedisClient, open_redis
 from authd.redis.sessions import SessionStore
 from authd.revocations import RevocationFeed
 from authd.runtime import running
@@ -58,6 +59,7 @@ async def check(settings: Settings) -> int:
             except Unavailable as error:
                 status = 1
                 _say(f"{part}: away: {error.__cause__!r}")
+        status |= await _check_clocks(settings, database, redis)
         for policy in sorted(redis.eviction_policies - {NO_EVICTION}):
             _say(f"Redis: evicts ({policy}): sessions and lockouts go when its memory is full; set {NO_EVICTION}")
     _say(f"Kafka: {await _check_kafka(settings)}")
@@ -194,6 +196,24 @@ async def _set_disabled(settings: Settings, username: str, *, disabled: bool) ->
                 _say("Done in Postgres. Redis is away and will be told before it serves this user.")
                 return 0
     _say("Done.")
+    return 0
+
+
+async def _check_clocks(settings: Settings, database: Database, redis: RedisClient) -> int:
+    """Say how far this machine's clock is from the others; 1 where authd would not start."""
+    watch = ClockWatch(database.time_s, redis.time_s, settings.clock_skew_max_s)
+    try:
+        skews = await watch.check()
+    except WrongClock as error:
+        _say(f"Clock: wrong: {error}")
+        return 1
+    for name, skew_s in (("Postgres", skews.user_store), ("Redis", skews.session_store)):
+        if skew_s is None:
+            _say(f"Clock: {name} was not asked")
+        elif abs(skew_s) > settings.clock_skew_max_s:
+            _say(f"Clock: {skew_s:+.3f} s from {name}'s alone: {name}'s may be the wrong one; keys are not deleted")
+        else:
+            _say(f"Clock: {skew_s:+.3f} s from {name}'s")
     return 0
 
 

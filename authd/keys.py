@@ -11,7 +11,7 @@ deletes nothing while the two disagree, since one of them is wrong and a deleted
 import secrets
 import time
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import anyio
 import structlog
@@ -89,8 +89,9 @@ class KeyKeeper:
         :raises SealedByAnotherSecret, Unavailable:
         """
         asked_at = self._clock()
-        now = await self._keys.now()
-        ahead_s = (asked_at + self._clock()) / 2 - now.timestamp()
+        now_s = await self._keys.time_s()
+        ahead_s = (asked_at + self._clock()) / 2 - now_s
+        now = datetime.fromtimestamp(now_s, UTC)
         stored = await self.read()
         due = [purpose for purpose in [DATA, *self.rotating] if self._is_due(purpose, stored, now)]
         is_over = any(key.is_over for key in stored) and abs(ahead_s) <= self._settings.clock_skew_max_s

@@ -19,6 +19,7 @@ import structlog
 
 from authd.accounts import Accounts
 from authd.clients import ClientRegistry, TokenDesk
+from authd.clocks import ClockWatch, WrongClock
 from authd.config import Settings
 from authd.delivery import FLUSH_S, OutboxWatch, Publisher
 from authd.devices import DeviceMint
@@ -57,7 +58,7 @@ OPERATIONS_DRAIN_S = 1.0
 GC_OBJECTS = 5_000
 
 #: What ends a start with a sentence and not with a traceback.
-START_ERRORS = (*MIGRATION_ERRORS, SealedByAnotherSecret)
+START_ERRORS = (*MIGRATION_ERRORS, SealedByAnotherSecret, WrongClock)
 
 _log = structlog.get_logger()
 
@@ -70,7 +71,10 @@ async def run(settings: Settings, listeners: Listeners, *, on_ready: Callable[[]
             root.start_soon(_watch_signals, signals, stop, settings)
             async with open_database(settings) as database, open_redis(settings) as redis:
                 await _wait_for_postgres(settings)
-                await _serve(settings, database, redis, listeners, stop, on_ready)
+                clocks = ClockWatch(database.time_s, redis.time_s, settings.clock_skew_max_s)
+                await clocks.check()
+                async with running(clocks.run):
+                    await _serve(settings, database, redis, listeners, stop, on_ready)
             root.cancel_scope.cancel()
     _log.info("stopped")
 

@@ -43,3 +43,9 @@ publish_failures = Counter("authd_publish_failures_total", "Lanes given up for n
 kafka_connected = Gauge("authd_kafka_connected", "1 while the producer is started.", multiprocess_mode="min")
 
 unavailable = Counter("authd_unavailable_total", "Calls a part did not answer in time, by part.", ["part"])
+clock_skew = Gauge(
+    "authd_clock_skew_seconds",
+    "How far this machine's clock is ahead of a store's.",
+    ["part"],
+    multiprocess_mode="mostrecent",
+)

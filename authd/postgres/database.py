@@ -88,6 +88,11 @@ class Database:
         async with self._connection(self._timeout_s, has_slot=True) as connection:
             await connection.fetchrow("SELECT")
 
+    async def time_s(self) -> float:
+        """Read Postgres's clock in epoch seconds."""
+        [row] = await self.fetch("SELECT extract(epoch FROM clock_timestamp())::float8 AS now_s")
+        return float(row["now_s"])
+
     @asynccontextmanager
     async def transaction(
         self, timeout_s: float | None = None, *, bucket: int | None = None

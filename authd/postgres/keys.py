@@ -47,11 +47,9 @@ class Keys:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def now(self) -> datetime:
-        """Read Postgres's clock."""
-        [row] = await self._database.fetch(_QUERIES["read_clock"])
-        now: datetime = row["now"]
-        return now
+    async def time_s(self) -> float:
+        """Read Postgres's clock in epoch seconds."""
+        return await self._database.time_s()
 
     async def load(self, lives: Lives) -> list[StoredKey]:
         """All keys, oldest first."""

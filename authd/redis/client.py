@@ -120,6 +120,7 @@ class RedisClient:
         # What Redis's clock reads at monotonic zero, in ms, as last heard from each bucket's node. The reply has
         # travelled since, so it is never ahead, and a deadline made from it is never late.
         self._clock_ms: dict[int, int] = {}
+        self._clock = self.script("clock")
 
     @property
     def generation(self) -> int:
@@ -175,6 +176,11 @@ class RedisClient:
 
     async def ping(self) -> None:
         await self._call(self.key(0, ""), self._client.ping())
+
+    async def time_s(self) -> float:
+        """Read Redis's clock in epoch seconds; in a cluster that of the node which has bucket 0."""
+        seconds, micros = await self.read(self._clock, [self.key(0, "clock")])
+        return int(seconds) + int(micros) / 1_000_000
 
     async def _call(self, key: str, call: Awaitable[T]) -> T:
         """The result of one call, under a deadline and the breaker of the key's part, of which not the context manager

@@ -136,6 +136,7 @@ async def test_a_script_that_ran_twice_changed_nothing_the_second_time(
 
 async def use_every_script(world: World) -> None:
     """Through what the service does, as far as that leads."""
+    await world.redis.time_s()
     user = await world.register()
     pairs = []
     for _ in range(12):  # two are evicted

@@ -2,9 +2,6 @@
 -- One replica at a time makes keys.
 LOCK TABLE keys IN SHARE ROW EXCLUSIVE MODE;
 
--- name: read_clock
-SELECT clock_timestamp() AS now;
-
 -- name: list_keys
 -- A key is over when its successor has signed for longer than any token of the key lives ($1: mac, $2: others).
 SELECT k.id, k.purpose, k.kid, k.sealed, k.active_at, k.created_at, k.purpose <> 'data' AND EXISTS (
