@@ -9,6 +9,7 @@ import pytest
 import uvloop
 from blockbuster import blockbuster_ctx
 from hypothesis import settings
+from ports import take_slice
 
 # The same examples in every run, and none too slow: a build does not turn red by itself on a busy machine.
 settings.register_profile("authd", deadline=None, derandomize=True)
@@ -29,10 +30,21 @@ ONCE = (
 INTERNET = {socket.AF_INET, socket.AF_INET6}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+#: The order of the rungs where several processes share them: what takes longest first, so that none is left with it.
+LONGEST_FIRST = ["fault", "e2e", "service"]
+
+
+def pytest_configure() -> None:
+    take_slice()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(TESTS / "fault"):
             item.add_marker("proof")
+    if hasattr(config, "workerinput"):
+        rungs = {rung: place for place, rung in enumerate(LONGEST_FIRST)}
+        items.sort(key=lambda item: rungs.get(_folder(item), len(rungs)))
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +55,7 @@ def anyio_backend() -> tuple[str, dict[str, bool]]:
 @pytest.fixture(autouse=True)
 def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail a unit test that opens a socket. The event loop's own pair (AF_UNIX) still works."""
-    if _folder(request) != "unit":
+    if _folder(request.node) != "unit":
         return
 
     def refuse(*_: object, **__: object) -> NoReturn:
@@ -69,7 +81,7 @@ def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture(autouse=True)
 def no_blocking(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Fail a test in which authd's code blocks the event loop. Libraries and tests may: they are not the service."""
-    if _folder(request) not in LOOP_GUARDED:
+    if _folder(request.node) not in LOOP_GUARDED:
         yield None
         return
     with blockbuster_ctx("authd") as guard:
@@ -79,6 +91,5 @@ def no_blocking(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield guard
 
 
-def _folder(request: pytest.FixtureRequest) -> str:
-    path = request.node.path
-    return path.relative_to(TESTS).parts[0] if path.is_relative_to(TESTS) else ""
+def _folder(node: pytest.Item) -> str:
+    return node.path.relative_to(TESTS).parts[0] if node.path.is_relative_to(TESTS) else ""

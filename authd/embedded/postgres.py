@@ -64,7 +64,8 @@ class PostgresServer(EmbeddedServer):
 
     async def create_database(self, name: str, template: str | None = None) -> str:
         """Return the URL of a new database. Nobody may be connected to its template meanwhile."""
-        source = f" TEMPLATE {_quoted(template)}" if template else ""
+        # A quarter of the work that logging every block would be.
+        source = f" TEMPLATE {_quoted(template)} STRATEGY file_copy" if template else ""
         await self._execute(f"CREATE DATABASE {_quoted(name)}{source}")
         return self.database_url(name)
 

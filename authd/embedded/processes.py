@@ -5,9 +5,10 @@ can end what a killed one left behind. File work happens in threads: the event l
 """
 
 import fcntl
+import itertools
 import json
 import os
-import random
+import secrets
 import signal
 import socket
 import sys
@@ -33,6 +34,8 @@ DEATH_SIGNAL = signal.SIGKILL
 #: and a client that retries against it can even connect to itself.
 PORTS = range(20_000, 32_000)
 PORT_ATTEMPTS = 5
+#: Begins anywhere, so that two processes seldom try the same ones.
+_given = itertools.count(secrets.randbelow(len(PORTS)))
 POLL_S = 0.02
 KILL_S = 10.0
 LOG_TAIL_CHARS = 3_000
@@ -207,7 +210,9 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    for port in random.sample(PORTS, 100):
+    """Return a port on which nothing listens, and which was not returned before, until all have been."""
+    for number in itertools.islice(_given, len(PORTS)):
+        port = PORTS[number % len(PORTS)]
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

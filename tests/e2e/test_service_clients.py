@@ -89,14 +89,12 @@ async def test_a_client_is_added_listed_and_removed(service: ServiceProcess, api
 
     removed = await service.run("clients", "remove", client_id)
     assert (removed.returncode, removed.stderr) == (0, "")
-    removed_at = time.monotonic()
     assert client_id not in (await service.run("clients", "list")).stdout
 
     async def is_forgotten() -> bool:
         return (await api.introspect(credentials, pair["access_token"])).status_code == 401
 
     await eventually(is_forgotten, FRESH_S + 5)
-    assert time.monotonic() - removed_at < FRESH_S + 2
     assert_not_let_in(await api.introspect(credentials, pair["access_token"]))
     again = await service.run("clients", "remove", client_id)
     assert (again.returncode, again.stdout, again.stderr) == (1, "", "authd: No such client.\n")

@@ -15,7 +15,7 @@ from fault.kafka import (
     topics,
     until_outbox_is_empty,
 )
-from fault.parts import TIMEOUTS, WORKS, Parts, away, new_caller, new_deck
+from fault.parts import KAFKA_SLOW_S, TIMEOUTS, WORKS, Parts, away, new_caller, new_deck
 from service_process import Api, ServiceProcess, eventually
 from stores import require_kafka
 
@@ -69,7 +69,7 @@ async def test_with_kafka_frozen_every_request_works_and_every_event_arrives_lat
         async with away(broker, "frozen"):
             await first.play(WORKS)
             await second.play(WORKS)
-            assert first.slow + second.slow == 0
+            assert first.slow(KAFKA_SLOW_S) + second.slow(KAFKA_SLOW_S) == 0
             await eventually(lambda: process.lines("lane_given_up"))
             await until_degraded(api)
         await until_outbox_is_empty(process)
@@ -87,7 +87,7 @@ async def test_a_kafka_that_is_killed_and_comes_back_after_the_whole_run_gets_ev
                 caller = await new_caller(process, api)
                 for deck in [await new_deck(api, caller) for _ in range(5)]:
                     await deck.play(WORKS)
-                    assert deck.slow == 0
+                    assert deck.slow(KAFKA_SLOW_S) == 0
                 await until_degraded(api)
             # It stops in order with nobody to tell, and what Redis decided is in the outbox too.
             assert await process.stop() == 0
@@ -142,7 +142,7 @@ async def test_events_of_a_topic_that_is_not_there_wait_for_it(parts: Parts, bro
         deck = await new_deck(api, caller)
         await eventually(lambda: process.lines("lane_given_up"))
         await deck.play(WORKS)
-        assert deck.slow == 0
+        assert deck.slow(KAFKA_SLOW_S) == 0
         await create_topics(broker, topic_names(process))
         await until_outbox_is_empty(process)
         await assert_all_told(process, broker)

@@ -71,7 +71,7 @@ async def test_a_network_that_is_gone_costs_bounded_waits_and_comes_back_without
     try:
         await first.play(WITHOUT[store])
         await second.play(WITHOUT[store])
-        assert first.slow + second.slow <= SLOW_MAX
+        assert first.slow() + second.slow() <= SLOW_MAX
         await until_unready(service, NAMES[store])
     finally:
         proxy.mend()

@@ -84,7 +84,7 @@ async def test_without_postgres_sessions_go_on_and_postgres_back_is_in_use_witho
     async with away(parts.postgres, how):
         await first.play(AWAY)
         await second.play(AWAY)
-        assert first.slow + second.slow <= SLOW_MAX
+        assert first.slow() + second.slow() <= SLOW_MAX
         await until_unready(service, "user_store")
     await until_ready(service)
     assert await users_of(service) == before

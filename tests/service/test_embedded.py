@@ -1,4 +1,5 @@
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -130,12 +131,21 @@ async def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
         assert server.is_running
 
 
+def test_no_port_is_given_twice_before_all_were() -> None:
+    given = [processes.free_port() for _ in range(len(processes.PORTS) // 2)]
+    assert len(set(given)) == len(given)
+    # What is taken is passed over.
+    with socket.create_server(("127.0.0.1", given[0])):
+        assert given[0] not in [processes.free_port() for _ in processes.PORTS]
+
+
 async def test_a_port_taken_meanwhile_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with RedisServer(tmp_path / "first") as first:
-        ports = iter([first.port, first.port + 1_000])
+        free = processes.free_port()
+        ports = iter([first.port, free])
         monkeypatch.setattr(processes, "free_port", lambda: next(ports))
         async with RedisServer(tmp_path / "second") as second:
-            assert second.port == first.port + 1_000
+            assert second.port == free
 
 
 async def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from blockbuster import BlockBuster
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis, RedisCluster
-from service.relaying import CLIENT, Node, make_settings, open_node, until
+from service.relaying import CLIENT, PATIENCE_S, Node, make_settings, open_node, until
 
 from authd.config import BUCKETS, Settings
 from authd.embedded import PostgresServer
@@ -278,7 +278,7 @@ async def test_a_drained_relay_has_moved_what_was_there(make_node: MakeNode, mon
     node = await make_node()
     for _ in range(20):
         await node.open(await node.register(), offer=False)
-    with anyio.fail_after(4):
+    with anyio.fail_after(PATIENCE_S):  # and not only after a sweep
         await node.relay.drain()
     assert await node.decided.streams.filled() == {}
 
