@@ -53,6 +53,8 @@ class EventRelay:
         events: EventFactory,
         feed: RevocationFeed,
         on_outbox: Callable[[int], None],
+        *,
+        sweep_s: float = SWEEP_S,
     ) -> None:
         """`on_outbox` is called with each lane that got rows, after the commit."""
         self._streams = streams
@@ -60,6 +62,7 @@ class EventRelay:
         self._events = events
         self._feed = feed
         self._on_outbox = on_outbox
+        self._sweep_s = sweep_s
         # Buckets to look into and from when on, soonest first. A bucket stands here once, however often it is offered.
         self._due: dict[int, float] = {}
         self._busy: set[int] = set()
@@ -87,6 +90,7 @@ class EventRelay:
             try:
                 filled = await self._streams.filled()
             except Unavailable as error:
+                metrics.unavailable.labels(error.part).inc()
                 _log.warning("events_not_relayed", part=error.part)
                 return
             for bucket in filled:
@@ -100,6 +104,7 @@ class EventRelay:
             try:
                 await self._move(bucket)
             except Unavailable as error:
+                metrics.unavailable.labels(error.part).inc()
                 _log.warning("events_not_relayed", bucket=bucket, part=error.part)
                 if error.part == "user_store":
                     self._due.clear()  # the others would fare no better; the sweep comes back to all
@@ -134,7 +139,7 @@ class EventRelay:
                 metrics.relay_waiting.set(sum(filled.values()))
                 for bucket in filled:
                     self.offer(bucket)
-            await anyio.sleep(SWEEP_S)
+            await anyio.sleep(self._sweep_s)
 
     async def _move(self, bucket: int) -> None:
         """Move the bucket's entries, as far as ENTRIES_MAX; nothing while another replica does."""

@@ -16,8 +16,6 @@ from authd.hasher import ACCOUNT_SHARE, Admission, Hasher, Job
 from authd.observe import metrics
 from authd.passwords import Effort, hash_password, verify_password
 
-pytestmark = pytest.mark.anyio
-
 COST = 4
 EFFORT = Effort("bcrypt", COST)
 PATIENCE_S = 20.0
