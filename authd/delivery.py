@@ -30,15 +30,15 @@ LANE_SEND_S = 5.0
 FLUSH_S = 4.0
 PROBE_DELAY_MIN_S = 0.2
 PROBE_DELAY_MAX_S = 5.0
-#: A row that the broker refuses so often is set aside.
+#: A row is parked after this many refusals.
 TRIES_MAX = 5
-#: How long a refused row waits for its second try, and doubled for each further one: 15 s in all, and a sweep each.
+#: How long a refused row waits for its second try. Doubled for each further one: 15 s in all, and a sweep each.
 RETRY_FIRST_S = 1.0
-#: How long a row waits that only a newer replica can send.
+#: How long a row of an unknown channel waits: only a newer replica can send it.
 POSTPONE_S = 5.0
 #: How often a topic that takes nothing is asked for again.
 TOPIC_RETRY_S = 5.0
-#: One of so many pooled connections may wait for Kafka: the rest are for requests.
+#: At most 1/POOL_SHARE of the pool may wait for Kafka: the rest is for requests.
 POOL_SHARE = 4
 
 _log = structlog.get_logger()
@@ -163,7 +163,7 @@ class Publisher:
                 self._notify()
 
     async def _take_lane(self) -> int | None:
-        """The next lane, marked busy; None when closed and done."""
+        """Return the next lane, marked busy; None when closed and done."""
         while True:
             is_probing = self._trouble is not None and bool(self._busy)
             lane = next((lane for lane in self._offered if lane not in self._busy), None)
@@ -207,7 +207,7 @@ class Publisher:
             self._give_up(lane, "postgres_away", error.code)
             return
         for refusal in outcome.refused:
-            _tell_refusal(refusal)
+            _report_refusal(refusal)
         # A refusal ends the producer, and so what it had under way of other users: that says nothing of the broker.
         if outcome.away is not None and not outcome.refused:
             self._give_up(lane, "broker_away", str(outcome.away))
@@ -323,7 +323,7 @@ class _Outcome(msgspec.Struct):
     has_more: bool = False
 
 
-def _tell_refusal(refusal: _Refusal) -> None:
+def _report_refusal(refusal: _Refusal) -> None:
     row, retry_s = refusal.row, refusal.retry_s
     fields = {
         "id": row.id,

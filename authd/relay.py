@@ -113,7 +113,7 @@ class EventRelay:
                 self._notify()
 
     async def _take(self) -> int:
-        """The next bucket that is due, marked busy: another task would only find it locked."""
+        """Wait for the next bucket that is due and return it, marked busy: another task would only find it locked."""
         while True:
             bucket = next((bucket for bucket in self._due if bucket not in self._busy), None)
             if bucket is None:
