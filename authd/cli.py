@@ -137,7 +137,7 @@ def _add_outbox(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _row_id(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 0 < int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is no id")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a row id")
     return int(text)
 
 

@@ -14,10 +14,10 @@ import structlog
 from anyio import TASK_STATUS_IGNORED, CancelScope, create_task_group
 from anyio.abc import TaskStatus
 
-from authd.config import BUCKETS, Settings
+from authd.config import Settings
 from authd.errors import Unavailable
 from authd.events import Event
-from authd.kafka.producer import END_TIMEOUT_S, Backoff, BrokerAway, Producer, RecordRefused
+from authd.kafka.producer import END_TIMEOUT_S, Backoff, BrokerAway, Producer, RecordRefused, TopicUnusable
 from authd.observe import metrics
 from authd.postgres.outbox import LANE_ROWS, Lane, Outbox, OutboxRow
 
@@ -30,13 +30,15 @@ LANE_SEND_S = 5.0
 FLUSH_S = 4.0
 PROBE_DELAY_MIN_S = 0.2
 PROBE_DELAY_MAX_S = 5.0
-#: A row that the broker refuses so often is set aside.
+#: A row is parked after this many refusals.
 TRIES_MAX = 5
-#: How long a refused row waits for its second try, and doubled for each further one: 15 s in all, and a sweep each.
+#: How long a refused row waits for its second try. Doubled for each further one: 15 s in all, and a sweep each.
 RETRY_FIRST_S = 1.0
-#: How long a row waits that only a newer replica can send.
+#: How long a row of an unknown channel waits: only a newer replica can send it.
 POSTPONE_S = 5.0
-#: One of so many pooled connections may wait for Kafka: the rest are for requests.
+#: How often a topic that takes nothing is asked for again.
+TOPIC_RETRY_S = 5.0
+#: At most 1/POOL_SHARE of the pool may wait for Kafka: the rest is for requests.
 POOL_SHARE = 4
 
 _log = structlog.get_logger()
@@ -45,7 +47,16 @@ _log = structlog.get_logger()
 class Publisher:
     """Sends the lanes that are offered to it. Lanes go in parallel, in this process one sender to a lane."""
 
-    def __init__(self, settings: Settings, outbox: Outbox, producer: Producer, *, queue_max: int = BUCKETS) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        outbox: Outbox,
+        producer: Producer,
+        *,
+        sweep_s: float = SWEEP_S,
+        retry_first_s: float = RETRY_FIRST_S,
+        topic_retry_s: float = TOPIC_RETRY_S,
+    ) -> None:
         self._outbox = outbox
         self._producer = producer
         self._topics: dict[str, str] = {
@@ -53,13 +64,18 @@ class Publisher:
             "events": settings.kafka_events_topic,
             "revocations": settings.kafka_revocations_topic,
         }
+        # Topics that the broker lacks or forbids: their rows wait in the outbox and hold up nobody. False: the broker
+        # shows the topic again, and the next row tries it.
+        self._unusable: dict[str, bool] = {}
         self._registration_key = settings.kafka_registration_key
+        self._sweep_s = sweep_s
+        self._retry_first_s = retry_first_s
+        self._topic_retry_s = topic_retry_s
         self._senders = max(1, settings.database_pool_per_worker // POOL_SHARE)
         # Everything inside a lane's transaction has a deadline of its own; this one is for a frozen Postgres.
         self._lane_timeout_s = (
             LANE_SEND_S + settings.kafka_timeout_s + 2 * END_TIMEOUT_S + 2 * settings.database_timeout_s
         )
-        self._queue_max = queue_max
         # Lanes to look into, oldest offer first. A lane stands here once, however often it is offered.
         self._offered: dict[int, None] = {}
         self._busy: set[int] = set()
@@ -74,7 +90,7 @@ class Publisher:
         self._probe_backoff = Backoff(PROBE_DELAY_MIN_S, PROBE_DELAY_MAX_S)
 
     def offer(self, lane: int) -> None:
-        """Look into this lane soon. Never blocks or raises; what a full or closed queue drops, a sweep finds."""
+        """Look into this lane soon. Never blocks or raises; what is offered after the drain began, a sweep finds."""
         if not self._closed:
             self._push(lane)
 
@@ -82,6 +98,7 @@ class Publisher:
         """Send lanes until drained or cancelled. Ready at once: the stores may come later."""
         async with create_task_group() as helpers:
             helpers.start_soon(self._sweep)
+            helpers.start_soon(self._ask_for_topics)
             async with create_task_group() as senders:
                 for _ in range(self._senders):
                     senders.start_soon(self._send_lanes)
@@ -105,16 +122,36 @@ class Publisher:
         """Offer every lane that has rows: those of other processes, of before the start, and of dropped offers."""
         while True:
             try:
-                lanes = await self._outbox.waiting_lanes()
+                lanes = await self._outbox.waiting_lanes(self._channels_aside())
             except Unavailable as error:
                 metrics.unavailable.labels(error.part).inc()
                 lanes = []
             for lane in lanes:
-                # Unlike offer, wait for room: a short queue would else always get the same first lanes.
-                while len(self._offered) >= self._queue_max and lane not in self._offered:
-                    await self._changed.wait()
                 self.offer(lane)
-            await anyio.sleep(SWEEP_S)
+            await anyio.sleep(self._sweep_s)
+
+    async def _ask_for_topics(self) -> None:
+        """Ask for topics that take nothing, outside of any lane: no user waits for the answer."""
+        while True:
+            await anyio.sleep(self._topic_retry_s)
+            for topic in [topic for topic, is_aside in self._unusable.items() if is_aside]:
+                if await self._producer.has_topic(topic):
+                    self._unusable[topic] = False
+
+    def _channels_aside(self) -> list[str]:
+        return [channel for channel, topic in self._topics.items() if self._unusable.get(topic, False)]
+
+    def _set_aside(self, topic: str, reason: str) -> None:
+        if topic not in self._unusable:
+            metrics.topic_unusable.labels(topic).set(1)
+            metrics.publish_failures.labels("topic_unusable").inc()
+            _log.error("topic_unusable", topic=topic, reason=reason)
+        self._unusable[topic] = True
+
+    def _note_usable(self, topic: str) -> None:
+        if self._unusable.pop(topic, None) is not None:
+            metrics.topic_unusable.labels(topic).set(0)
+            _log.info("topic_usable", topic=topic)
 
     async def _send_lanes(self) -> None:
         while (lane := await self._take_lane()) is not None:
@@ -126,7 +163,7 @@ class Publisher:
                 self._notify()
 
     async def _take_lane(self) -> int | None:
-        """The next lane, marked busy; None when closed and done."""
+        """Return the next lane, marked busy; None when closed and done."""
         while True:
             is_probing = self._trouble is not None and bool(self._busy)
             lane = next((lane for lane in self._offered if lane not in self._busy), None)
@@ -135,7 +172,6 @@ class Publisher:
             if lane is not None and not is_probing:
                 del self._offered[lane]
                 self._busy.add(lane)
-                self._notify()  # there is room for the sweeper
                 return lane
             await self._changed.wait()
 
@@ -160,7 +196,7 @@ class Publisher:
     async def _send_lane(self, lane: int) -> None:
         outcome = _Outcome()
         try:
-            async with self._outbox.lane(lane, self._lane_timeout_s) as held:
+            async with self._outbox.lane(lane, self._lane_timeout_s, self._channels_aside()) as held:
                 # None: another replica sends it. It may have looked before our row was there; the sweeper will tell.
                 if held is not None and held.rows:
                     await self._send_rows(held.rows, outcome)
@@ -171,7 +207,7 @@ class Publisher:
             self._give_up(lane, "postgres_away", error.code)
             return
         for refusal in outcome.refused:
-            _tell_refusal(refusal)
+            _report_refusal(refusal)
         # A refusal ends the producer, and so what it had under way of other users: that says nothing of the broker.
         if outcome.away is not None and not outcome.refused:
             self._give_up(lane, "broker_away", str(outcome.away))
@@ -207,18 +243,26 @@ class Publisher:
                 # Written by a newer replica during a roll-out, which will send it.
                 outcome.postponed.append(row.id)
                 return
+            if self._unusable.get(topic, False):
+                continue  # found out since the lane was read
             try:
                 await self._send(row.event, topic)
             except BrokerAway as error:
                 outcome.away = error
                 return
+            except TopicUnusable as error:
+                # The user's later rows of this topic are left out too; order is promised within a topic.
+                outcome.has_answer = True
+                self._set_aside(topic, str(error))
+                continue
             except RecordRefused as error:
                 # The user's later rows stay behind it: sent ahead, they would arrive out of order.
                 outcome.has_answer = True
-                outcome.refused.append(_Refusal(row, str(error)))
+                outcome.refused.append(_Refusal(row, str(error), self._retry_first_s))
                 return
             outcome.has_answer = True
             outcome.acknowledged.append(row.id)
+            self._note_usable(topic)
             metrics.events_published.labels(row.event.type).inc()
 
     async def _send(self, event: Event, topic: str) -> None:
@@ -237,9 +281,8 @@ class Publisher:
             outcome.has_more |= retry_s is None  # the user's later rows may go
 
     def _push(self, lane: int) -> None:
-        if len(self._offered) < self._queue_max:
-            self._offered[lane] = None
-            self._notify()
+        self._offered[lane] = None
+        self._notify()
 
     def _notify(self) -> None:
         self._changed.set()
@@ -259,13 +302,14 @@ class _Refusal(msgspec.Struct, frozen=True):
 
     row: OutboxRow
     reason: str
+    retry_first_s: float
 
     @property
     def retry_s(self) -> float | None:
         """How long the row waits for its next try; None where this was the last."""
         if self.row.attempts + 1 >= TRIES_MAX:
             return None
-        return RETRY_FIRST_S * float(2**self.row.attempts)
+        return self.retry_first_s * float(2**self.row.attempts)
 
 
 class _Outcome(msgspec.Struct):
@@ -279,7 +323,7 @@ class _Outcome(msgspec.Struct):
     has_more: bool = False
 
 
-def _tell_refusal(refusal: _Refusal) -> None:
+def _report_refusal(refusal: _Refusal) -> None:
     row, retry_s = refusal.row, refusal.retry_s
     fields = {
         "id": row.id,

@@ -54,6 +54,8 @@ class EventRelay:
         events: EventFactory,
         feed: RevocationFeed,
         on_outbox: Callable[[int], None],
+        *,
+        sweep_s: float = SWEEP_S,
     ) -> None:
         """`on_outbox` is called with each lane that got rows, after the commit."""
         self._streams = streams
@@ -61,6 +63,7 @@ class EventRelay:
         self._events = events
         self._feed = feed
         self._on_outbox = on_outbox
+        self._sweep_s = sweep_s
         # Buckets to look into and from when on, soonest first. A bucket stands here once, however often it is offered.
         self._due: dict[int, float] = {}
         self._busy: set[int] = set()
@@ -88,6 +91,7 @@ class EventRelay:
             try:
                 filled = await self._streams.filled()
             except Unavailable as error:
+                metrics.unavailable.labels(error.part).inc()
                 _log.warning("events_not_relayed", part=error.part)
                 return
             for bucket in filled:
@@ -101,6 +105,7 @@ class EventRelay:
             try:
                 await self._move(bucket)
             except Unavailable as error:
+                metrics.unavailable.labels(error.part).inc()
                 _log.warning("events_not_relayed", bucket=bucket, part=error.part)
                 if error.part == "user_store" and not error.is_busy:
                     self._due.clear()  # the others would fare no better; the sweep comes back to all
@@ -109,7 +114,7 @@ class EventRelay:
                 self._notify()
 
     async def _take(self) -> int:
-        """The next bucket that is due, marked busy: another task would only find it locked."""
+        """Wait for the next bucket that is due and return it, marked busy: another task would only find it locked."""
         while True:
             bucket = next((bucket for bucket in self._due if bucket not in self._busy), None)
             if bucket is None:
@@ -135,7 +140,7 @@ class EventRelay:
                 metrics.relay_waiting.set(sum(filled.values()))
                 for bucket in filled:
                     self.offer(bucket)
-            await anyio.sleep(SWEEP_S)
+            await anyio.sleep(self._sweep_s)
 
     async def _move(self, bucket: int) -> None:
         """Move the bucket's entries, as far as ENTRIES_MAX; nothing while another replica does."""

@@ -37,8 +37,7 @@ START_DELAY_MAX_S = 5.0
 #: Ending a producer only cancels tasks and aborts sockets; it waits for no broker.
 END_TIMEOUT_S = 1.0
 
-#: What a broker says of a record that it will not take. Nothing about a topic is here: a topic is a setting or a right,
-#: mended by a restart or an administrator, and the events of a wrong one must wait for that.
+#: What a broker says of a record that it will not take.
 _REFUSALS = (
     kafka_errors.MessageSizeTooLargeError,
     kafka_errors.RecordListTooLargeError,
@@ -48,12 +47,24 @@ _REFUSALS = (
     kafka_errors.UnknownError,
 )
 
+#: What a broker says of a topic: it is a setting or a right, which a restart or an administrator fixes. Its events wait
+#: for that.
+_TOPIC_REFUSALS = (
+    kafka_errors.UnknownTopicOrPartitionError,
+    kafka_errors.TopicAuthorizationFailedError,
+    kafka_errors.InvalidTopicError,
+)
+
 _log = structlog.get_logger()
 _random = SystemRandom()
 
 
 class BrokerAway(Exception):
-    """Not now: no broker, no answer in time, or no such topic. The record may have arrived; send it again later."""
+    """Not now: no broker, or no answer in time. The record may have arrived; send it again later."""
+
+
+class TopicUnusable(Exception):
+    """The broker answers, and has no such topic or does not let authd write to it. The record has not arrived."""
 
 
 class RecordRefused(Exception):
@@ -120,6 +131,7 @@ class Producer:
         """Return when the broker has acknowledged the event.
 
         :raises BrokerAway: within `kafka_timeout_s` (and END_TIMEOUT_S) when it has not; it may have arrived.
+        :raises TopicUnusable: when it has no such topic, found out within half of that, or forbids it.
         :raises RecordRefused: when it never will.
         """
         record = _Record(topic, key, event.value, _headers(event))
@@ -136,6 +148,13 @@ class Producer:
             raise RecordRefused(str(error)) from error.__cause__
         except TimeoutError as error:
             raise BrokerAway(f"no acknowledgement within {self._timeout_s:g} s") from error
+
+    async def has_topic(self, topic: str) -> bool:
+        """Ask a broker whether it has the topic and shows it to authd; False also where none answers in time."""
+        connection = self._connection
+        with anyio.move_on_after(self._timeout_s):
+            return connection is not None and await connection.has_topic(topic)
+        return False
 
     async def _start(self, connection: "_Connection") -> bool:
         try:
@@ -155,11 +174,21 @@ class Producer:
         except kafka_errors.MessageSizeTooLargeError as error:
             # Found before it was handed over: nothing is wrong with the producer.
             raise RecordRefused(_reason(error)) from error
+        except _TOPIC_REFUSALS as error:
+            # Nothing was handed over. aiokafka says the same of a topic that it could ask nobody about.
+            if await connection.is_answered():
+                raise TopicUnusable(_reason(error)) from error
+            await self._discard(connection, _reason(error))
+            raise BrokerAway(_reason(error)) from error
         except kafka_errors.KafkaError as error:
             await self._discard(connection, _reason(error))
             raise BrokerAway(_reason(error)) from error
         try:
             await connection.acknowledged(delivery)
+        except _TOPIC_REFUSALS as error:
+            # The whole batch is the topic's, and aiokafka has given it up: the producer is good for all other topics.
+            connection.has_answered = True
+            raise TopicUnusable(_reason(error)) from error
         except _REFUSALS as error:
             connection.has_answered = True
             await self._discard(connection, _reason(error))
@@ -242,6 +271,19 @@ class _Connection:
             batch.close()
             delivery = await producer.send_batch(batch, record.topic, partition=partition)
             return delivery
+
+    async def is_answered(self) -> bool:
+        """Ask for the metadata of all topics in use; False where no broker answers."""
+        try:
+            with self._wait():
+                return bool(await self._producer.client.force_metadata_update())
+        except kafka_errors.KafkaError:
+            return False
+
+    async def has_topic(self, topic: str) -> bool:
+        client = self._producer.client
+        client.add_topic(topic)
+        return await self.is_answered() and client.cluster.partitions_for_topic(topic) is not None
 
     async def acknowledged(self, delivery: asyncio.Future[Any]) -> None:
         with self._wait():

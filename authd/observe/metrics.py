@@ -42,6 +42,13 @@ relay_waiting = Gauge("authd_relay_waiting", "Events in Redis's streams.", multi
 publish_failures = Counter("authd_publish_failures_total", "Lanes given up for now, by reason.", ["reason"])
 kafka_connected = Gauge("authd_kafka_connected", "1 while the producer is started.", multiprocess_mode="min")
 
+topic_unusable = Gauge(
+    "authd_kafka_topic_unusable",
+    "1 while the broker lacks the topic or forbids to write to it.",
+    ["topic"],
+    multiprocess_mode="max",
+)
+
 unavailable = Counter("authd_unavailable_total", "Calls a part did not answer in time, by part.", ["part"])
 clock_skew = Gauge(
     "authd_clock_skew_seconds",

@@ -2,7 +2,7 @@
 will not take, set aside for an operator to decide.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 
@@ -85,19 +85,23 @@ class Outbox:
         self._database = database
 
     @asynccontextmanager
-    async def lane(self, lane: int, timeout_s: float) -> AsyncGenerator[Lane | None, None]:
+    async def lane(
+        self, lane: int, timeout_s: float, without: Collection[str] = ()
+    ) -> AsyncGenerator[Lane | None, None]:
         """Hold the lane for at most `timeout_s` and see its first LANE_ROWS rows, without those of users who wait; None
-        while another replica holds it. Postgres too ends it after that time: a replica that froze keeps no lane.
+        while another replica holds it. Rows of the channels `without` are left out. Postgres too ends it after that
+        time: a replica that froze keeps no lane.
         """
         async with self._database.transaction(timeout_s) as connection:
             if await connection.fetchrow(_QUERIES["lock_lane"], lane, milliseconds(timeout_s)) is None:
                 yield None
                 return
-            records = await connection.fetch(_QUERIES["list_lane"], lane, LANE_ROWS)
+            records = await connection.fetch(_QUERIES["list_lane"], lane, LANE_ROWS, list(without))
             yield Lane(connection, [_row(record) for record in records])
 
-    async def waiting_lanes(self) -> list[int]:
-        return [row["lane"] for row in await self._database.fetch(_QUERIES["list_waiting_lanes"])]
+    async def waiting_lanes(self, without: Collection[str] = ()) -> list[int]:
+        """The lanes that have rows of other channels than `without`."""
+        return [row["lane"] for row in await self._database.fetch(_QUERIES["list_waiting_lanes"], list(without))]
 
     async def backlog(self) -> Backlog:
         row = await self._database.fetch_row(_QUERIES["backlog"], COUNTED_MAX)

@@ -116,6 +116,11 @@ BAD_SETTINGS: list[tuple[dict[str, str], list[str]]] = [
         {"AUTHD_JWT_ALGORITHM": "HS256", "AUTHD_SECRET": "m" * 40, "AUTHD_JWT_SECRET": "m" * 40},
         ["AUTHD_JWT_SECRET must differ from AUTHD_SECRET"],
     ),
+    (
+        {"AUTHD_DATABASE_URL": "postgresql://u:another one#@h/db", "AUTHD_REDIS_URL": "redis://:another one/@h"},
+        ["AUTHD_DATABASE_URL is not a usable URL", "AUTHD_REDIS_URL is not a usable URL"],
+    ),
+    ({"AUTHD_TRUSTED_PROXIES": "0.0.0.0/0"}, ["AUTHD_TRUSTED_PROXIES holds a network wider than /8"]),
     ({"AUTHD_LOG_DIR": "/dev/null/logs"}, ["AUTHD_LOG_DIR cannot be written"]),
 ]
 
@@ -132,6 +137,26 @@ async def test_unusable_settings_end_the_start_with_2_and_a_sentence_that_names_
         for sentence in sentences:
             assert [line for line in lines if line.startswith(f"authd: {sentence}") and line.endswith(".")]
         assert not [secret for secret in ("m" * 40, "a short secret", "another one") if secret in done.stderr]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "status", "sentence"),
+    [
+        ("AUTHD_KAFKA_BOOTSTRAP_SERVERS", "localhost:Secr3t", 2, "AUTHD_KAFKA_BOOTSTRAP_SERVERS must be host:port"),
+        ("AUTHD_REDIS_URL", "redis://127.0.0.1:1/0?socket_timeout=Secr3t", 2, "AUTHD_REDIS_URL has a parameter"),
+        ("AUTHD_DATABASE_URL", "postgresql://127.0.0.1:1/authd?sslmode=Secr3t", 1, "`sslmode` parameter must be"),
+    ],
+    ids=["kafka", "redis", "postgres"],
+)
+async def test_what_only_a_driver_finds_unusable_ends_the_start_with_a_sentence_too(
+    services: Services, name: str, text: str, status: int, sentence: str
+) -> None:
+    async with services.prepared() as process:
+        done = await process.run("serve", **{name: text})
+        assert done.returncode == status
+        assert f"authd: {sentence}" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "Secr3t" not in done.stderr + done.stdout
 
 
 async def test_an_address_in_use_ends_the_start_with_2(services: Services) -> None:

@@ -10,8 +10,6 @@ import bcrypt
 import pytest
 from service_process import Account, Api, ServiceProcess, Services, assert_problem, eventually
 
-pytestmark = pytest.mark.anyio
-
 WRONG = "a wrong password"
 PAIR_MAX, ACCOUNT_MAX = 5, 8
 

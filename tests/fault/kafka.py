@@ -10,6 +10,7 @@ import anyio
 from aiokafka import ConsumerRecord
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.protocol.admin import CreateAclsRequest, DeleteAclsRequest
 from anyio import to_thread
 from service_process import ServiceProcess, eventually
 from stores import read_topic
@@ -19,12 +20,26 @@ from authd.embedded import KafkaBroker
 PUBLISHED_S = 60.0
 
 
+#: Kafka's numbers of what an ACL is about.
+TOPIC_RESOURCE, LITERAL = 2, 3
+WRITE, DESCRIBE = 4, 8
+DENY, ALLOW = 2, 3
+#: Whoever comes without SASL.
+ANYBODY = "User:ANONYMOUS"
+
+
 class StrictBroker(KafkaBroker):
-    """Makes no topic by itself."""
+    """Makes no topic by itself, and obeys ACLs: a topic without one is everybody's."""
 
     async def _prepare(self) -> None:
         await super()._prepare()
-        await to_thread.run_sync(_append, self._properties, "auto.create.topics.enable=false\n")
+        lines = (
+            "auto.create.topics.enable=false",
+            "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            "allow.everyone.if.no.acl.found=true",
+            "",
+        )
+        await to_thread.run_sync(_append, self._properties, "\n".join(lines))
 
 
 def _append(path: Path, text: str) -> None:
@@ -43,6 +58,23 @@ def topics(name: str) -> dict[str, str]:
 async def create_topics(broker: KafkaBroker, names: Iterable[str], **config: str) -> None:
     async with _admin(broker) as admin:
         await admin.create_topics([NewTopic(name, 1, 1, topic_configs=config) for name in names])
+
+
+async def forbid_writing(broker: KafkaBroker, topic: str, *, is_hidden: bool) -> None:
+    """`is_hidden`: the topic may not even be seen."""
+    async with _admin(broker) as admin:
+        for operation, permission in ((WRITE, DENY), (DESCRIBE, DENY if is_hidden else ALLOW)):
+            request = CreateAclsRequest(TOPIC_RESOURCE, topic, LITERAL, ANYBODY, "*", operation, permission)
+            answer = await admin._send_request(request)
+            assert [error for error, _ in answer.creation_responses] == [0]
+
+
+async def allow_writing(broker: KafkaBroker, topic: str) -> None:
+    async with _admin(broker) as admin:
+        for operation, permission in ((WRITE, DENY), (DESCRIBE, DENY), (DESCRIBE, ALLOW)):
+            request = DeleteAclsRequest(TOPIC_RESOURCE, topic, LITERAL, ANYBODY, "*", operation, permission)
+            answer = await admin._send_request(request)
+            assert [error for error, *_ in answer.filter_responses] == [0]
 
 
 async def configure_topic(broker: KafkaBroker, name: str, **config: str) -> None:

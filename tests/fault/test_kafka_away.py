@@ -9,9 +9,11 @@ import anyio
 import pytest
 from fault.kafka import (
     StrictBroker,
+    allow_writing,
     configure_topic,
     create_topics,
     events_in,
+    forbid_writing,
     topics,
     until_outbox_is_empty,
 )
@@ -135,14 +137,58 @@ async def test_a_record_that_is_too_large_holds_up_nobody_else(parts: Parts, bro
         assert sorted(users) == sorted([large.user_id, *(account.user_id for account in others)])
 
 
-async def test_events_of_a_topic_that_is_not_there_wait_for_it(parts: Parts, broker: KafkaBroker) -> None:
+async def test_events_of_topics_that_are_not_there_wait_for_them(parts: Parts, broker: KafkaBroker) -> None:
     settings = kafka_settings(broker)
     async with parts.services.running(**settings) as process, process.api() as api:
         caller = await new_caller(process, api)
         deck = await new_deck(api, caller)
-        await eventually(lambda: process.lines("lane_given_up"))
+        await eventually(lambda: process.lines("topic_unusable"))
         await deck.play(WORKS)
         assert deck.slow(KAFKA_SLOW_S) == 0
         await create_topics(broker, topic_names(process))
         await until_outbox_is_empty(process)
         await assert_all_told(process, broker)
+
+
+@pytest.mark.parametrize("fault", ["missing", "forbidden", "hidden"])
+async def test_a_topic_that_takes_nothing_holds_up_no_other_and_gets_its_events_in_order_when_it_does(
+    parts: Parts, broker: KafkaBroker, fault: str
+) -> None:
+    settings = kafka_settings(broker)
+    bad = settings["AUTHD_KAFKA_EVENTS_TOPIC"]
+    await create_topics(broker, [value for name, value in settings.items() if name.endswith("_TOPIC") and value != bad])
+    if fault != "missing":
+        await create_topics(broker, [bad])
+        await forbid_writing(broker, bad, is_hidden=fault == "hidden")
+    async with parts.services.running(**settings) as process, process.api() as api:
+        accounts = [await api.new_account()]
+        await eventually(lambda: process.lines("topic_unusable"))
+        accounts += [await api.new_account() for _ in range(20)]
+        for account in accounts:
+            pair = await api.new_session(account)
+            assert (await api.logout(pair["access_token"])).status_code == 200
+
+        async def others_arrived() -> bool:
+            waiting = await process.query("SELECT DISTINCT channel FROM outbox")
+            return [row["channel"] for row in waiting] == ["events"]
+
+        await eventually(others_arrived, 40)
+        assert {line["topic"] for line in process.lines("topic_unusable")} == {bad}
+        assert not process.lines("lane_given_up")
+        assert f'authd_kafka_topic_unusable{{topic="{bad}"}} 1.0' in (await api.get("/metrics")).text
+        told = await events_in(broker, process.topic)
+        assert sorted(value["user_id"] for _, value in told) == sorted(account.user_id for account in accounts)
+
+        await (create_topics(broker, [bad]) if fault == "missing" else allow_writing(broker, bad))
+        await until_outbox_is_empty(process)
+        await assert_all_told(process, broker)
+        assert [line["topic"] for line in process.lines("topic_usable")] == [bad]
+        assert f'authd_kafka_topic_unusable{{topic="{bad}"}} 0.0' in (await api.get("/metrics")).text
+        of_postgres = [
+            (value["user_id"], kind)
+            for kind, value in await events_in(broker, bad)
+            if kind in ("user.registered", "sessions.ended")
+        ]
+        for account in accounts:
+            kinds = [kind for user_id, kind in of_postgres if user_id == account.user_id]
+            assert kinds == ["user.registered", "sessions.ended"]

@@ -19,7 +19,7 @@ from authd.postgres.database import Database, open_database
 from authd.redis.client import RedisClient, open_redis
 from authd.redis.sessions import Client, LiveSession, Opened, Owner
 from authd.refresh_tokens import SESSION_ID_BYTES, RefreshToken
-from authd.relay import EventRelay
+from authd.relay import SWEEP_S, EventRelay
 from authd.revocations import RevocationFeed
 from authd.stores import PostgresStores, RedisStores
 
@@ -38,6 +38,7 @@ class Node:
     database: Database
     redis: RedisClient
     publisher: Publisher | None
+    relay_sweep_s: float
     remembered: PostgresStores = field(init=False)
     decided: RedisStores = field(init=False)
     feed: RevocationFeed = field(init=False)
@@ -49,7 +50,12 @@ class Node:
         self.decided = RedisStores(self.settings, self.redis, DIGEST_KEY)
         self.feed = RevocationFeed(self.remembered.revocations, self.decided.sessions, self.offer_lane)
         self.relay = EventRelay(
-            self.decided.streams, self.remembered.relay, self.remembered.events, self.feed, self.offer_lane
+            self.decided.streams,
+            self.remembered.relay,
+            self.remembered.events,
+            self.feed,
+            self.offer_lane,
+            sweep_s=self.relay_sweep_s,
         )
 
     def offer_lane(self, lane: int) -> None:
@@ -181,14 +187,21 @@ def make_settings(database_url: str, redis_url: str, brokers: str = "127.0.0.1:1
 
 @asynccontextmanager
 async def open_node(
-    settings: Settings, guard: BlockBuster, *, relays: bool = True, publishes: bool = False
+    settings: Settings,
+    guard: BlockBuster,
+    *,
+    relays: bool = True,
+    publishes: bool | dict[str, float] = False,
+    relay_sweep_s: float = SWEEP_S,
 ) -> AsyncIterator[Node]:
-    """A replica. Its revocation feed always runs."""
+    """A replica. Its revocation feed always runs, its publisher where asked for, perhaps with intervals of its own."""
     async with open_database(settings) as database, open_redis(settings) as redis:
         guard.deactivate()  # what the service does once at its start may block
         producer = Producer(settings) if publishes else None
-        publisher = Publisher(settings, PostgresStores(settings, database).outbox, producer) if producer else None
-        node = Node(settings, database, redis, publisher)
+        intervals = publishes if isinstance(publishes, dict) else {}
+        outbox = PostgresStores(settings, database).outbox
+        publisher = Publisher(settings, outbox, producer, **intervals) if producer else None
+        node = Node(settings, database, redis, publisher, relay_sweep_s)
         guard.activate()
         async with anyio.create_task_group() as tree:
             await tree.start(node.feed.run)

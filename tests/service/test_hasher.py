@@ -18,8 +18,6 @@ from authd.hasher import Admission, Hasher, Job
 from authd.observe import metrics
 from authd.passwords import Effort, effort_to_verify, hash_password, verify_password
 
-pytestmark = pytest.mark.anyio
-
 COST = 4
 EFFORT = Effort("bcrypt", COST)
 PATIENCE_S = 20.0

@@ -31,8 +31,6 @@ from authd.redis.throttle import Forgiven, Outcome, Reserved, Throttle
 from authd.stores import PostgresStores, RedisStores
 from authd.tokens import KeyRing, MacKey
 
-pytestmark = pytest.mark.anyio
-
 COST = 4
 DIGEST_KEY = bytes(32)
 PASSWORD, WRONG = "correct horse", "wrong horse"

@@ -31,14 +31,9 @@ pytestmark = pytest.mark.timeout(120)
 
 LANE_S = 5.0
 SECRET_TEXT = "x" * 5000
+QUICK = {"retry_first_s": 0.1, "sweep_s": 0.1}
 #: In one lane.
 POISONED, OTHER = 7, 7 + BUCKETS
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("authd.delivery.RETRY_FIRST_S", 0.1)
-    monkeypatch.setattr("authd.delivery.SWEEP_S", 0.1)
 
 
 @pytest.fixture
@@ -64,11 +59,11 @@ async def poisoned(database_url: str, kafka_broker: KafkaBroker) -> Settings:
 
 
 async def test_a_poisonous_event_is_set_aside_and_its_users_later_ones_go_on(
-    poisoned: Settings, no_blocking: BlockBuster, quick: None, capsys: pytest.CaptureFixture[str]
+    poisoned: Settings, no_blocking: BlockBuster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = failed("refused")
     with capture_logs() as logs:
-        async with open_node(poisoned, no_blocking, relays=False, publishes=True) as node:
+        async with open_node(poisoned, no_blocking, relays=False, publishes=QUICK) as node:
             [poison] = await add(node, POISONED, 1, SECRET_TEXT)
             for number in range(2, LANE_ROWS + 50):
                 await add(node, POISONED, number)
@@ -91,10 +86,9 @@ async def test_a_poisonous_event_is_set_aside_and_its_users_later_ones_go_on(
 
 
 async def test_until_it_is_set_aside_its_users_later_events_wait_and_others_do_not(
-    poisoned: Settings, no_blocking: BlockBuster, monkeypatch: pytest.MonkeyPatch
+    poisoned: Settings, no_blocking: BlockBuster
 ) -> None:
-    monkeypatch.setattr("authd.delivery.RETRY_FIRST_S", 3600)
-    async with open_node(poisoned, no_blocking, relays=False, publishes=True) as node:
+    async with open_node(poisoned, no_blocking, relays=False, publishes={"retry_first_s": 3600}) as node:
         await add(node, POISONED, 0)
         await add(node, POISONED, 1, SECRET_TEXT)
         # More than a lane's share, so that those behind them would starve.
@@ -109,9 +103,9 @@ async def test_until_it_is_set_aside_its_users_later_events_wait_and_others_do_n
 
 
 async def test_what_was_set_aside_is_sent_after_the_topic_was_mended(
-    poisoned: Settings, no_blocking: BlockBuster, quick: None, capsys: pytest.CaptureFixture[str]
+    poisoned: Settings, no_blocking: BlockBuster, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with open_node(poisoned, no_blocking, relays=False, publishes=True) as node:
+    async with open_node(poisoned, no_blocking, relays=False, publishes=QUICK) as node:
         rows = [(await add(node, user, 1, SECRET_TEXT))[0] for user in (POISONED, OTHER)]
         await until(lambda: has_parked(node, 2))
         assert await retry_outbox(poisoned, [rows[0], 2**62]) == 1

@@ -28,11 +28,6 @@ BUCKET = 7
 OURS = [BUCKET + BUCKETS * number for number in range(1, 13)]
 
 
-@pytest.fixture(autouse=True)
-def short_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("authd.relay.SWEEP_S", 0.2)
-
-
 @pytest.fixture
 async def make_node(
     database_url: str, redis_url: str, postgres_server: PostgresServer, no_blocking: BlockBuster
@@ -41,10 +36,12 @@ async def make_node(
     shared: list[Settings] = []
     async with AsyncExitStack() as stack:
 
-        async def make(*, relays: bool = True, **changes: Any) -> Node:
+        async def make(*, relays: bool = True, sweep_s: float = 0.2, **changes: Any) -> Node:
             if not shared:
                 shared.append(make_settings(database_url, redis_url, **changes))
-            return await stack.enter_async_context(open_node(shared[0], no_blocking, relays=relays))
+            return await stack.enter_async_context(
+                open_node(shared[0], no_blocking, relays=relays, relay_sweep_s=sweep_s)
+            )
 
         yield make
         await postgres_server.resume()
@@ -273,9 +270,8 @@ async def test_endings_that_both_sides_write_at_once_never_wait_for_each_other(m
     assert [row["number"] for row in numbers] == list(range(1, len(numbers) + 1))
 
 
-async def test_a_drained_relay_has_moved_what_was_there(make_node: MakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("authd.relay.SWEEP_S", 3600)
-    node = await make_node()
+async def test_a_drained_relay_has_moved_what_was_there(make_node: MakeNode) -> None:
+    node = await make_node(sweep_s=3600)
     for _ in range(20):
         await node.open(await node.register(), offer=False)
     with anyio.fail_after(PATIENCE_S):  # and not only after a sweep

@@ -24,8 +24,6 @@ from authd.passwords import Effort, hash_password, verify_password
 from authd.redis.client import RedisClient, open_redis
 from authd.redis.throttle import DIGEST_BYTES, Locked, Outcome, Reserved, Throttle, Wait
 
-pytestmark = pytest.mark.anyio
-
 ADDRESS, ACCOUNT = "192.0.2.1", "somebody@example.org"
 PASSWORD = "correct horse"
 COST = 4

@@ -34,7 +34,7 @@ COMMANDS = (
     ["users", "show", "ada@example.com"],
     ["users", "unlock", "ada@example.com"],
 )
-PASSWORDS = 40
+PASSWORDS = 100
 #: What is shorter may stand in a sentence by chance.
 PART_CHARS = 4
 ODD = "#?/@:%[]"

@@ -9,9 +9,10 @@ SELECT lane, set_config('idle_in_transaction_session_timeout', $2, true) FROM ou
 WHERE lane = $1 FOR UPDATE SKIP LOCKED;
 
 -- name: list_lane
--- Without the users that have a row whose time has not come: their later rows stay behind it.
+-- Without the users that have a row whose time has not come: their later rows stay behind it. Without channels whose
+-- topic takes nothing now ($3): however many wait, they fill no lane.
 SELECT id, user_id, event_id, channel, type, version, message_key, value, attempts FROM outbox
-WHERE lane = $1 AND parked_at IS NULL
+WHERE lane = $1 AND parked_at IS NULL AND channel <> ALL ($3::text[])
   AND user_id NOT IN (SELECT user_id FROM outbox WHERE lane = $1 AND parked_at IS NULL AND retry_at > now())
 ORDER BY id LIMIT $2;
 
@@ -29,7 +30,9 @@ WHERE id = $1;
 UPDATE outbox SET retry_at = now() + $2::interval WHERE id = $1;
 
 -- name: list_waiting_lanes
-SELECT lane FROM outbox_lanes l WHERE EXISTS (SELECT FROM outbox WHERE outbox.lane = l.lane AND parked_at IS NULL);
+SELECT lane FROM outbox_lanes l WHERE EXISTS (
+    SELECT FROM outbox WHERE outbox.lane = l.lane AND parked_at IS NULL AND channel <> ALL ($1::text[])
+);
 
 -- name: backlog
 -- Counted only so far ($1): an outbox of many millions is not read through every few seconds.
