@@ -38,9 +38,14 @@ class Framing:
         self._trailers_left = 0
 
     @property
+    def is_complete(self) -> bool:
+        """Whether the present request has been taken as a whole."""
+        return self._part is None
+
+    @property
     def has_more(self) -> bool:
         """Whether bytes of a later request, or stray ones, have arrived behind the present request."""
-        return self._part is None and bool(self._bytes)
+        return self.is_complete and bool(self._bytes)
 
     def add(self, data: bytes) -> None:
         self._bytes += data
@@ -68,15 +73,16 @@ class Framing:
             if self._empty_lines > EMPTY_LINES_MAX:
                 raise FramingError("bad_http")
             del self._bytes[:2]
-        end = self._bytes.find(b"\r\n\r\n")
-        head = bytes(self._bytes if end < 0 else self._bytes[: end + 4])
+        bytes_max = self._head_bytes_max
+        end = self._bytes.find(b"\r\n\r\n", 0, bytes_max)
+        head = bytes(self._bytes[: bytes_max if end < 0 else end + 4])
         # A part is checked too: the end of a head whose lines end with a bare LF would never be found.
         _check_lines(head)
         if head and head[0] <= _SPACE and head != b"\r":  # TLS, for one, which may wait for our answer
             raise FramingError("bad_http")
-        if len(head) > self._head_bytes_max:
-            raise FramingError("headers_too_large")
         if end < 0:
+            if len(head) == bytes_max:
+                raise FramingError("headers_too_large")
             return b""
         _check_head(head)
         del self._bytes[: end + 4]

@@ -14,6 +14,8 @@ from authd.errors import InvalidClient, InvalidRequest
 from authd.http.wire import form_fields, json_response, read_form_pairs
 
 METADATA_MAX_AGE_S = 300
+#: Credentials of ours are far shorter, also percent-encoded; longer ones are not decoded.
+AUTHORIZATION_CHARS_MAX = 1024
 CLIENT_AUTHENTICATION = ["client_secret_basic", "client_secret_post"]
 
 
@@ -77,10 +79,13 @@ def _credentials(request: Request, form: Mapping[str, str]) -> tuple[str | None,
 
     :raises InvalidClient, InvalidRequest:
     """
-    if request.headers.get("Authorization", "").partition(" ")[0].lower() != "basic":
+    authorization = request.headers.get("Authorization", "")
+    if authorization.partition(" ")[0].lower() != "basic":
         return form.get("client_id"), form.get("client_secret")
     if "client_secret" in form:
         raise InvalidRequest({"client_secret": "The client authenticates by HTTP Basic already."})
+    if len(authorization) > AUTHORIZATION_CHARS_MAX:
+        raise InvalidClient
     try:
         client_id, secret = extract_basic_authorization(request.headers)
     except ValueError:  # no UTF-8

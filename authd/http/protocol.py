@@ -223,7 +223,8 @@ class Http1(H11Protocol):
 
 def _body_length(request: h11.Request) -> int | None:
     """The bytes of the body by `Content-Length`; None for chunks."""
-    for name, value in request.headers:
+    for name, value in request.headers.raw_items():
+        name = name.lower()
         if name == b"content-length":
             return int(value)
         if name == b"transfer-encoding":

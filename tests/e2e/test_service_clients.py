@@ -175,6 +175,7 @@ async def test_who_is_no_client_learns_nothing_and_ends_nothing(
         (basic(f"{client_id}:"), {}),
         (basic(f":{secret}"), {}),
         (basic(client_id), {}),
+        (basic(f"{client_id}:" + "%41" * 3000), {}),
         (basic(b"\xff:\xfe"), {}),
         ({"Authorization": "Basic"}, {}),
         ({"Authorization": "Basic !!!"}, {}),
