@@ -183,8 +183,8 @@ async def test_with_a_buckets_head_held_its_logouts_are_busy_and_everybody_else_
 
             for number in range(10):
                 ends = [
-                    lambda: world.users.end_all_sessions(held.id, "logout"),
-                    lambda: world.revocations.end_sessions(held.id, [bytes(16)], "logout"),
+                    lambda: world.users.end_all_sessions(held.subject, "logout"),
+                    lambda: world.revocations.end_sessions(held.subject, [bytes(16)], "logout"),
                 ]
                 group.start_soon(logout, ends[number % 2])
 
@@ -194,13 +194,13 @@ async def test_with_a_buckets_head_held_its_logouts_are_busy_and_everybody_else_
             await until(one_waits_for_the_lock)
             while len(outcomes) < 10:
                 assert await waiting_for_locks(operator) <= 1
-                assert await world.users.find(other.id) is not None
-                row = await world.users.end_all_sessions(other.id, "logout")
+                assert await world.users.find(*other.subject) is not None
+                row = await world.users.end_all_sessions(other.subject, "logout")
                 assert row is not None
                 await world.database.ping()
         assert all(outcome.is_busy for outcome in outcomes)
         assert not is_open(world.database)
-    assert await world.users.end_all_sessions(held.id, "logout") is not None
+    assert await world.users.end_all_sessions(held.subject, "logout") is not None
 
 
 async def waiting_for_locks(operator: asyncpg.Connection) -> int:

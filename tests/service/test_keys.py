@@ -274,7 +274,7 @@ async def test_a_replica_whose_clock_is_wrong_takes_no_key_from_the_others(
     healthy = await make_keeper()
     ring = await healthy.load()
     mint = TokenMint(settings_for("-"), ring)
-    token = mint.make_access(7, SESSION, 1, "jti")
+    token = mint.make_access(Subject(7, 1), SESSION, 1, "jti")
     await healthy.rotate()
     before = await rows(database)
     wrong = await make_keeper(ahead_s=ahead_s)
@@ -282,7 +282,7 @@ async def test_a_replica_whose_clock_is_wrong_takes_no_key_from_the_others(
     await healthy.refresh(ring)
     assert await rows(database) == before
     assert mint.read_access(token).user_id == 7
-    assert mint.read_access(mint.make_access(8, SESSION, 1, "jti")).user_id == 8
+    assert mint.read_access(mint.make_access(Subject(8, 1), SESSION, 1, "jti")).user_id == 8
     # And it signs with the same keys as the others, before and after the next ones count.
     for after_s in (0, PUBLISH_S - 10, PUBLISH_S + 10):
         assert signer(wrong_ring, after_s + ahead_s) == signer(ring, after_s)
