@@ -10,7 +10,7 @@ from service.world import CLIENT, Replica, World, owner, together, until
 
 from authd.clients import TokenDesk
 from authd.config import BUCKETS
-from authd.errors import InvalidAccessToken
+from authd.errors import InvalidAccessToken, UnknownSession
 from authd.postgres.users import User
 from authd.redis.sessions import Opened
 from authd.sessions import TokenPair
@@ -115,6 +115,30 @@ async def test_a_logout_of_a_user_who_is_gone_ends_what_it_was_asked_to(world: W
             assert await world.outcome(each.refresh_token) in ("user_disabled", "session_ended")
         else:
             assert world.token(each).session_id in await world.live(user.id)
+
+
+async def test_an_id_given_twice_whose_first_user_left_no_trace_shows_nothing_of_the_second(world: World) -> None:
+    """As after a failover to a standby that lacked the registration: nobody was told, and Redis has her session."""
+    ada = await world.register()
+    hers = await world.login(ada)
+    await world.database.fetch("ALTER TABLE users DISABLE TRIGGER user_deleted")
+    await delete(world, ada)
+    await world.database.fetch(f"ALTER SEQUENCE users_id_seq RESTART WITH {ada.id}")
+    bob = await world.register()
+    his = await world.login(bob)
+    assert bob.id == ada.id
+    hers = await world.refresh(hers.refresh_token)
+    assert world.token(hers).subject == ada.subject != bob.subject
+    assert await world.bearer(hers.access_token) == "token_invalid"  # Postgres knows nobody of that incarnation
+    assert len(await world.sessions.list_own(hers.access_token)) == 1
+    with pytest.raises(UnknownSession):
+        await world.sessions.end(hers.access_token, (await world.sessions.list_own(his.access_token))[0].id)
+    await world.sessions.logout(hers.access_token, "all")
+    assert await world.outcome(hers.refresh_token) == "session_ended"
+    # His is untouched, and alone.
+    assert len(await world.sessions.list_own(his.access_token)) == 1
+    assert await world.bearer(his.access_token) == "ok"
+    assert await world.outcome(his.refresh_token) == "ok"
 
 
 async def test_a_service_can_revoke_the_session_of_a_user_who_is_gone(world: World) -> None:

@@ -196,6 +196,8 @@ async def test_an_id_given_twice_opens_nothing_to_a_token_of_before(world: World
     ada = await world.register()
     old = await past.session(ada)
     await past.put(ada, b"e", (9).to_bytes(6, "big") + b"logout", old.expires_ms)
+    # As a restored backup does it, with no row of the log.
+    await world.database.fetch("ALTER TABLE users DISABLE TRIGGER user_deleted")
     await world.database.fetch("DELETE FROM users")
     await world.database.fetch(f"ALTER SEQUENCE users_id_seq RESTART WITH {ada.id}")
     await world.until_ms(ada.registered_ms + 2)
