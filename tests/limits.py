@@ -32,7 +32,7 @@ T = TypeVar("T")
 def limit_s(node: pytest.Item | pytest.Collector) -> float:
     """Return the seconds that a test, or one step of a fixture of that scope, may take."""
     marker = node.get_closest_marker("timeout")
-    return float(marker.args[0] if marker else node.config.getini("timeout"))
+    return float(marker.args[0] if marker else node.config.getoption("timeout") or node.config.getini("timeout"))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
