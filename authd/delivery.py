@@ -1,7 +1,7 @@
-"""Moves events from the outbox to Kafka: at least once, each user's events in the order of their commits.
+"""Moves events from the outbox to Kafka: at least once, each user's events of a topic in the order of their commits.
 
-What waits is in the outbox and nowhere else; this process only remembers which lanes to look into. So the queue may
-be full, a task cancelled, or the process killed at any point: an event is then sent later, or twice.
+What waits is in the outbox and nowhere else; this process only remembers which lanes to look into. So a task may be
+cancelled or the process killed at any point: an event is then sent later, or twice.
 """
 
 import math
@@ -119,7 +119,7 @@ class Publisher:
         await self._drained.wait()
 
     async def _sweep(self) -> None:
-        """Offer every lane that has rows: those of other processes, of before the start, and of dropped offers."""
+        """Offer every lane that has rows: of other processes, of before the start, of topics that are usable again."""
         while True:
             try:
                 lanes = await self._outbox.waiting_lanes(self._channels_aside())

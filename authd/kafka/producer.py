@@ -8,6 +8,9 @@ it is thrown away at the first record that was handed to it and not acknowledged
   good *before* `send` raises, hence before the caller gives up the lock that lets another replica send.
 - A record that was refused has used up a sequence number: the broker takes nothing more for that partition.
 
+It stays when a topic is missing or forbidden: nothing of the topic was taken. If a sequence number is lacking when the
+topic takes records again, the second rule ends the producer then.
+
 What an ended producer had already written to its socket cannot be called back. A frozen broker handles it when it
 wakes, ahead of a new producer, whose first record needs several answers before it is sent.
 """

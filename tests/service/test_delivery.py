@@ -282,6 +282,22 @@ async def test_a_send_without_an_answer_ends_its_producer_before_it_raises(
     assert await numbers_by_user(impatient) == {1: [0]}
 
 
+async def test_a_topic_that_nobody_can_be_asked_about_is_not_said_to_be_missing(
+    impatient: Settings, kafka_broker: KafkaBroker
+) -> None:
+    await create_topics(impatient, {}, impatient.kafka_registration_topic)
+    producer = Producer(impatient)
+    async with anyio.create_task_group() as group:
+        await group.start(producer.run)
+        with anyio.fail_after(ARRIVE_S):
+            await producer.wait_connected()
+        await kafka_broker.pause()
+        with pytest.raises(BrokerAway):
+            await producer.send(make_event(1, 0), f"{impatient.kafka_registration_topic}.other", b"key")
+        assert not await producer.has_topic(impatient.kafka_registration_topic)
+        group.cancel_scope.cancel()
+
+
 async def test_a_cancelled_send_leaves_nothing_behind(impatient: Settings, kafka_broker: KafkaBroker) -> None:
     await create_topics(impatient, {}, impatient.kafka_registration_topic)
     others = asyncio.all_tasks()
