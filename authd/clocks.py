@@ -14,9 +14,10 @@ from anyio.abc import TaskStatus
 
 from authd.errors import Unavailable
 from authd.observe import metrics
-from authd.tokens import Clock
 
 INTERVAL_S = 30.0
+#: Seconds since the epoch.
+Clock = Callable[[], float]
 
 _log = structlog.get_logger()
 

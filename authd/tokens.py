@@ -14,12 +14,12 @@ from joserfc.jwk import ECKey, Key, OctKey, OKPKey
 from joserfc.jws import JWSRegistry
 
 from authd.base64url import decode_base64url, encode_base64url
+from authd.clocks import Clock
 from authd.config import SECRET_BYTES_MIN, Secret, Settings
 from authd.mac_tokens import Subject
 from authd.refresh_tokens import SESSION_ID_BYTES, RefreshToken, make_refresh_token, read_refresh_token
 
 Algorithm = Literal["ES256", "Ed25519", "HS256"]
-Clock = Callable[[], float]
 TimedKey = TypeVar("TimedKey", "SigningKey", "MacKey")
 
 DERIVED_BYTES = 32
