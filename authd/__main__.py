@@ -1,3 +1,3 @@
-from authd.cli import main
+from authd.cli.main import main
 
 raise SystemExit(main())

@@ -17,34 +17,35 @@ from typing import Any
 import anyio
 import structlog
 
-from authd.accounts import Accounts
-from authd.clients import ClientRegistry, TokenDesk
-from authd.clocks import ClockWatch, WrongClock
+from authd.accounts.registration import Accounts
 from authd.config import Settings
-from authd.delivery import FLUSH_S, OutboxWatch, Publisher
-from authd.devices import DeviceMint
 from authd.errors import Unavailable
-from authd.hasher import Hasher
-from authd.health import Health
-from authd.http.app import App
-from authd.http.credentials import make_credentials
-from authd.http.listening import Listeners
-from authd.http.oauth import make_oauth
-from authd.http.openapi import make_openapi
-from authd.http.operations import make_inner_operations, make_operations
-from authd.http.server import HttpServer
-from authd.kafka.producer import Producer
-from authd.keys import KeyKeeper, SealedByAnotherSecret
-from authd.login import PasswordCheck
-from authd.observe.logs import flush_logs
-from authd.postgres.database import Database, open_database
-from authd.postgres.migrate import MIGRATION_ERRORS, NOT_READY, migrate
-from authd.redis.client import RedisClient, open_redis
-from authd.relay import EventRelay
-from authd.revocations import RevocationFeed
-from authd.sessions import Sessions
+from authd.events.publisher import FLUSH_S, OutboxWatch, Publisher
+from authd.infra.clocks import ClockWatch, WrongClock
+from authd.infra.http.app import App
+from authd.infra.http.openapi import make_openapi
+from authd.infra.http.server.listening import Listeners
+from authd.infra.http.server.server import HttpServer
+from authd.infra.kafka.producer import Producer
+from authd.infra.observe.health import Health
+from authd.infra.observe.http import make_inner_operations, make_operations
+from authd.infra.observe.logs import flush_logs
+from authd.infra.postgres.database import Database, open_database
+from authd.infra.postgres.migrate import MIGRATION_ERRORS, NOT_READY, migrate
+from authd.infra.redis.client import RedisClient, open_redis
+from authd.login.http import make_credentials
+from authd.login.password import PasswordCheck
+from authd.oauth.clients import ClientRegistry
+from authd.oauth.http import make_oauth
+from authd.oauth.introspection import TokenDesk
+from authd.passwords.hasher import Hasher
+from authd.sessions.feed import RevocationFeed
+from authd.sessions.relay import EventRelay
+from authd.sessions.sessions import Sessions
 from authd.stores import PostgresStores, RedisStores
-from authd.tokens import TokenMint
+from authd.tokens.access import TokenMint
+from authd.tokens.device import DeviceMint
+from authd.tokens.keeper import KeyKeeper, SealedByAnotherSecret
 
 #: Time after all deadlines of a shutdown at which the process ends without ceremony.
 LAST_RESORT_S = 10.0

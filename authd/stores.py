@@ -2,21 +2,21 @@
 
 from datetime import timedelta
 
-from authd.announcements import EventFactory
 from authd.config import Settings
-from authd.postgres.clients import Clients
-from authd.postgres.database import Database
-from authd.postgres.deployment import Deployment
-from authd.postgres.keys import Keys
-from authd.postgres.outbox import Outbox
-from authd.postgres.relay import RelayStore
-from authd.postgres.revocations import Revocations, RevocationWriter
-from authd.postgres.users import Users
-from authd.redis.client import RedisClient
-from authd.redis.events import EventStreams
-from authd.redis.sessions import SessionStore
-from authd.redis.throttle import Throttle
-from authd.redis.users import UserCache
+from authd.events.factory import EventFactory
+from authd.events.postgres import Outbox
+from authd.events.redis import EventStreams
+from authd.infra.postgres.database import Database
+from authd.infra.redis.client import RedisClient
+from authd.login.redis import Throttle
+from authd.oauth.postgres import Clients
+from authd.sessions.postgres import Revocations, RevocationWriter
+from authd.sessions.redis import SessionStore
+from authd.sessions.relay_store import RelayStore
+from authd.tokens.postgres import Keys
+from authd.users.deployment import Deployment
+from authd.users.postgres import Users
+from authd.users.redis import UserCache
 
 
 class PostgresStores:

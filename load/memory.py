@@ -17,9 +17,9 @@ from redis.asyncio import Redis
 
 from authd.config import Secret, Settings
 from authd.embedded import RedisServer
-from authd.mac_tokens import Subject
-from authd.redis.client import open_redis
-from authd.redis.sessions import USER_AGENT_BYTES_MAX, Client, Opened, Owner, SessionStore
+from authd.infra.redis.client import open_redis
+from authd.sessions.redis import USER_AGENT_BYTES_MAX, Client, Opened, Owner, SessionStore
+from authd.tokens.mac import Subject
 
 BYTES_MAX = 300
 CONCURRENT = 64

@@ -24,8 +24,8 @@ LOOP_GUARDED = {"unit", "service"}
 ONCE = (
     ("<frozen importlib._bootstrap>", "_find_and_load"),
     ("importlib/metadata/__init__.py", "version"),
-    ("authd/redis/client.py", "load_script"),
-    ("authd/weak_passwords.py", "__init__"),
+    ("authd/infra/redis/client.py", "load_script"),
+    ("authd/passwords/weak.py", "__init__"),
 )
 INTERNET = {socket.AF_INET, socket.AF_INET6}
 

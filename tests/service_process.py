@@ -31,7 +31,7 @@ from redis.asyncio import Redis
 from authd.config import parse_settings, read_values
 from authd.embedded import PostgresServer, RedisServer
 from authd.embedded.processes import free_port, guarded
-from authd.postgres.migrate import migrate
+from authd.infra.postgres.migrate import migrate
 
 START_S = 30.0
 STOP_S = 40.0

@@ -12,9 +12,9 @@ import msgspec
 import pytest
 from service_process import Credentials, ServiceProcess, Services, assert_problem
 
-from authd.accounts import USERNAME_CHARS_MAX
-from authd.passwords import PASSWORD_INPUT_CHARS_MAX
-from authd.text import MARKS_MAX
+from authd.infra.text import MARKS_MAX
+from authd.passwords.formats import PASSWORD_INPUT_CHARS_MAX
+from authd.users.usernames import USERNAME_CHARS_MAX
 
 COUNTING = Path(__file__).with_name("counting")
 NUMBERS = struct.Struct("qq")

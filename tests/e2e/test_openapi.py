@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from service_process import Account, ServiceProcess, Services
 
-from authd.http.openapi import ROUTES
+from authd.infra.http.openapi import ROUTES
 
 EXAMPLES_MAX = 60
 #: All the examples of one endpoint, each of which hashes a password at most twice.

@@ -12,8 +12,8 @@ import pytest
 from authlib.oauth2.rfc8414 import AuthorizationServerMetadata
 from service_process import Account, Api, Credentials, ServiceProcess, Services, assert_problem, eventually
 
-from authd.clients import FRESH_S
 from authd.embedded import PostgresServer, RedisServer
+from authd.oauth.clients import FRESH_S
 
 ISSUER = "https://id.example.com"
 INACTIVE = {"active": False}

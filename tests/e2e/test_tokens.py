@@ -357,7 +357,7 @@ def jws(header: dict[str, Any], claims: dict[str, Any], algorithm: str = "HS256"
 
 # Refresh tokens under attack
 
-#: Bytes in the token's wire form: see authd.refresh_tokens.
+#: Bytes in the token's wire form: see authd.tokens.refresh.
 REFRESH_FIELDS = {
     "key id": 0,
     "user id": 11,

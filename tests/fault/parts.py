@@ -19,9 +19,9 @@ from redis.asyncio import Redis
 from service_process import Api, ServiceProcess, Services, assert_problem, eventually, make_template
 from stores import require_kafka
 
-from authd.breaker import FAILURES_MAX
 from authd.embedded import KafkaBroker, PostgresServer, RedisServer, fetch_libs
 from authd.embedded.processes import EmbeddedServer
+from authd.infra.tasks.breaker import FAILURES_MAX
 
 #: All clients of these tests are one address.
 CROWD = {"AUTHD_ADDRESS_MAX_FAILURES": "100000"}

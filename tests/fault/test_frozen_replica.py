@@ -16,9 +16,9 @@ from fault.kafka import create_topics, events_in, topics, until_outbox_is_empty
 from fault.parts import Parts, assert_dead, away, retried, until_ready
 from service_process import ServiceProcess, eventually
 
-from authd.delivery import LANE_SEND_S, SWEEP_S
 from authd.embedded import KafkaBroker
-from authd.kafka.producer import END_TIMEOUT_S
+from authd.events.publisher import LANE_SEND_S, SWEEP_S
+from authd.infra.kafka.producer import END_TIMEOUT_S
 
 pytestmark = pytest.mark.timeout(120)
 

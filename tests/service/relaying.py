@@ -12,16 +12,16 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from blockbuster import BlockBuster
 
 from authd.config import BUCKETS, Secret, Settings
-from authd.delivery import Publisher
-from authd.kafka.producer import Producer
-from authd.mac_tokens import Subject
-from authd.postgres.database import Database, open_database
-from authd.redis.client import RedisClient, open_redis
-from authd.redis.sessions import Client, LiveSession, Opened, Owner
-from authd.refresh_tokens import SESSION_ID_BYTES, RefreshToken
-from authd.relay import SWEEP_S, EventRelay
-from authd.revocations import RevocationFeed
+from authd.events.publisher import Publisher
+from authd.infra.kafka.producer import Producer
+from authd.infra.postgres.database import Database, open_database
+from authd.infra.redis.client import RedisClient, open_redis
+from authd.sessions.feed import RevocationFeed
+from authd.sessions.redis import Client, LiveSession, Opened, Owner
+from authd.sessions.relay import SWEEP_S, EventRelay
 from authd.stores import PostgresStores, RedisStores
+from authd.tokens.mac import Subject
+from authd.tokens.refresh import SESSION_ID_BYTES, RefreshToken
 
 PATIENCE_S = 60.0
 POLL_S = 0.02

@@ -4,7 +4,7 @@ import re
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, suppress
-from importlib.resources import files as resources
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -13,17 +13,20 @@ import pytest
 from blockbuster import BlockBuster
 from service.world import MakeWorld, unguarded, until
 
-from authd.breaker import FAILURES_MAX
+import authd
 from authd.config import Secret, Settings
 from authd.errors import Unavailable
-from authd.health import Health
-from authd.postgres.database import Database, open_database
-from authd.postgres.migrate import ADVISORY_LOCK, migrate
-from authd.postgres.outbox import Outbox
-from authd.postgres.queries import load_queries
+from authd.events.postgres import Outbox
+from authd.infra.observe.health import Health
+from authd.infra.postgres.database import Database, open_database
+from authd.infra.postgres.migrate import ADVISORY_LOCK, migrate
+from authd.infra.postgres.queries import load_queries
+from authd.infra.tasks.breaker import FAILURES_MAX
 
 TIMEOUT_S = 1.5
 POOL = 4
+
+AUTHD = Path(authd.__file__).parent
 
 
 def settings_for(url: str, **changes: Any) -> Settings:
@@ -98,8 +101,10 @@ def test_no_statement_changes_what_a_reset_would_have_to_undo(no_blocking: Block
     changes = re.compile(r"\A(SET(?! LOCAL)|LISTEN|PREPARE|DECLARE)\b|pg_(try_)?advisory_lock|set_config\([^)]*false")
     assert changes.search("SET lock_timeout = 1") and changes.search("SELECT pg_advisory_lock(1)")
     with unguarded(no_blocking):
-        files = [file.name for file in (resources("authd.postgres") / "queries").iterdir()]
-        queries = {name: text for file in files for name, text in load_queries(file).items()}
+        files = [path for path in AUTHD.rglob("*.sql") if path.parent.name != "migrations"]
+        packages = [".".join(["authd", *path.parent.relative_to(AUTHD).parts]) for path in files]
+        loaded = [load_queries(package, path.stem) for package, path in zip(packages, files, strict=True)]
+        queries = {name: text for queries in loaded for name, text in queries.items()}
     assert len(queries) > 30
     assert {name for name, text in queries.items() if changes.search(re.sub(r"(?m)^--.*\n", "", text).strip())} == set()
 

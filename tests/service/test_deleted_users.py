@@ -8,12 +8,12 @@ import pytest
 from service.relaying import make_settings, open_node
 from service.world import CLIENT, Replica, World, owner, together, until
 
-from authd.clients import TokenDesk
 from authd.config import BUCKETS
 from authd.errors import InvalidAccessToken, UnknownSession
-from authd.postgres.users import User
-from authd.redis.sessions import Opened
-from authd.sessions import TokenPair
+from authd.oauth.introspection import TokenDesk
+from authd.sessions.redis import Opened
+from authd.sessions.sessions import TokenPair
+from authd.users.postgres import User
 
 
 async def delete(world: World, *users: User) -> None:

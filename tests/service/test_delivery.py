@@ -14,13 +14,13 @@ from service.relaying import create_topics
 from stores import read_topic
 
 from authd.config import BUCKETS, ConfigError, Settings, parse_settings
-from authd.delivery import Publisher
 from authd.embedded import KafkaBroker, PostgresServer
-from authd.events import Event
-from authd.kafka.producer import BrokerAway, Producer, RecordRefused
-from authd.postgres.database import Database, open_database
-from authd.postgres.migrate import migrate
-from authd.postgres.outbox import LANE_ROWS, Outbox, add_events
+from authd.events.contract import Event
+from authd.events.postgres import LANE_ROWS, Outbox, add_events
+from authd.events.publisher import Publisher
+from authd.infra.kafka.producer import BrokerAway, Producer, RecordRefused
+from authd.infra.postgres.database import Database, open_database
+from authd.infra.postgres.migrate import migrate
 from authd.stores import PostgresStores
 
 pytestmark = pytest.mark.timeout(120)

@@ -15,11 +15,11 @@ from blockbuster import BlockBuster
 from service.relaying import CLIENT, Node, header, make_settings, open_node, until
 from stores import read_topic
 
-from authd import events
 from authd.config import Settings
 from authd.embedded import KafkaBroker, RedisServer
-from authd.redis.throttle import Outcome, Reserved
-from authd.tokens import encode_base64url
+from authd.events import contract as events
+from authd.login.redis import Outcome, Reserved
+from authd.tokens.access import encode_base64url
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -14,9 +14,9 @@ from anyio.lowlevel import checkpoint
 
 from authd.config import Secret, Settings
 from authd.errors import Unavailable
-from authd.hasher import Admission, Hasher, Job
-from authd.observe import metrics
-from authd.passwords import Effort, effort_to_verify, hash_password, verify_password
+from authd.infra.observe import metrics
+from authd.passwords.formats import Effort, effort_to_verify, hash_password, verify_password
+from authd.passwords.hasher import Admission, Hasher, Job
 
 COST = 4
 EFFORT = Effort("bcrypt", COST)

@@ -15,12 +15,13 @@ import pytest
 from service.world import JWT_SECRET, together, until
 
 from authd.config import Secret, Settings
-from authd.devices import DEVICE_TTL_S
-from authd.keys import EXPIRY_MARGIN, KeyKeeper, SealedByAnotherSecret
-from authd.mac_tokens import Subject
-from authd.postgres.database import Database, open_database
-from authd.postgres.keys import Keys
-from authd.tokens import InvalidToken, KeyRing, TokenMint, decode_base64url
+from authd.infra.postgres.database import Database, open_database
+from authd.tokens.access import InvalidToken, TokenMint, decode_base64url
+from authd.tokens.device import DEVICE_TTL_S
+from authd.tokens.keeper import EXPIRY_MARGIN, KeyKeeper, SealedByAnotherSecret
+from authd.tokens.mac import Subject
+from authd.tokens.postgres import Keys
+from authd.tokens.ring import KeyRing
 
 SESSION = bytes(range(16))
 PUBLISH_S, MAX_AGE_S, ACCESS_TTL_S = 900, 90 * 86_400, 1800

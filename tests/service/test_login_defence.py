@@ -16,20 +16,20 @@ import pytest
 from blockbuster import BlockBuster
 from service.world import unguarded, until
 
-from authd.accounts import Accounts
+from authd.accounts.registration import Accounts
 from authd.config import Secret, Settings
-from authd.devices import DEVICE_TTL_S, DeviceMint
 from authd.embedded import RedisServer
 from authd.errors import InvalidCredentials, LoginLocked, Refusal, RegistrationLimited, Unavailable
-from authd.hasher import Hasher
-from authd.login import Checked, PasswordCheck
-from authd.passwords import hash_password
-from authd.postgres.database import open_database
-from authd.postgres.users import User
-from authd.redis.client import open_redis
-from authd.redis.throttle import Forgiven, Outcome, Reserved, Throttle
+from authd.infra.postgres.database import open_database
+from authd.infra.redis.client import open_redis
+from authd.login.password import Checked, PasswordCheck
+from authd.login.redis import Forgiven, Outcome, Reserved, Throttle
+from authd.passwords.formats import hash_password
+from authd.passwords.hasher import Hasher
 from authd.stores import PostgresStores, RedisStores
-from authd.tokens import KeyRing, MacKey
+from authd.tokens.device import DEVICE_TTL_S, DeviceMint
+from authd.tokens.ring import KeyRing, MacKey
+from authd.users.postgres import User
 
 COST = 4
 DIGEST_KEY = bytes(32)

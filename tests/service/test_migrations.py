@@ -9,9 +9,11 @@ from service.world import client_url, together
 
 from authd.config import Secret, Settings
 from authd.embedded import PostgresServer
-from authd.postgres.migrate import SchemaTooNew, migrate
+from authd.infra.postgres.migrate import SchemaTooNew, migrate
 
-NAMES = sorted(file.name for file in (files("authd.postgres") / "migrations").iterdir() if file.name.endswith(".sql"))
+NAMES = sorted(
+    file.name for file in (files("authd.infra.postgres") / "migrations").iterdir() if file.name.endswith(".sql")
+)
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ async def test_users_and_endings_of_before_get_their_incarnation(empty: Settings
         "CREATE TABLE authd_migrations (name text PRIMARY KEY, applied_at timestamptz DEFAULT now())"
     )
     for name in [name for name in NAMES if name < "0005"]:
-        await connection.execute((files("authd.postgres") / "migrations" / name).read_text("utf-8"))
+        await connection.execute((files("authd.infra.postgres") / "migrations" / name).read_text("utf-8"))
         await connection.execute("INSERT INTO authd_migrations VALUES ($1)", name)
     await connection.execute(
         "INSERT INTO users (username, username_key, full_name, password_hash)"

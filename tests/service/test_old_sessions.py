@@ -9,10 +9,10 @@ from functools import partial
 import pytest
 from service.world import CLIENT, UNLOGGED, MakeWorld, World, together
 
-from authd.clients import TokenDesk
 from authd.config import BUCKETS
-from authd.postgres.users import User
-from authd.refresh_tokens import PASSWORD_FACTOR, USER_KIND
+from authd.oauth.introspection import TokenDesk
+from authd.tokens.refresh import PASSWORD_FACTOR, USER_KIND
+from authd.users.postgres import User
 
 #: Longer than any grace here, and no expiry.
 AGO_MS = 3600 * 1000

@@ -9,10 +9,10 @@ from blockbuster import BlockBuster
 from authd.config import BUCKETS, Settings, parse_settings
 from authd.embedded import PostgresServer
 from authd.errors import Unavailable
-from authd.events import Event
-from authd.postgres.database import Database, open_database
-from authd.postgres.migrate import migrate
-from authd.postgres.outbox import LANE_ROWS, Outbox, add_events
+from authd.events.contract import Event
+from authd.events.postgres import LANE_ROWS, Outbox, add_events
+from authd.infra.postgres.database import Database, open_database
+from authd.infra.postgres.migrate import migrate
 
 LANE_S = 5.0
 #: For what must happen at once.

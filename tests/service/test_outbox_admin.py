@@ -19,13 +19,13 @@ from service.relaying import (
 from stores import read_topic
 from structlog.testing import capture_logs
 
-from authd.admin import drop_outbox, list_outbox, retry_outbox
-from authd.announcements import revocation_record
+from authd.cli.admin import drop_outbox, list_outbox, retry_outbox
 from authd.config import BUCKETS, Settings
-from authd.delivery import TRIES_MAX, OutboxWatch
 from authd.embedded import KafkaBroker
-from authd.events import Event
-from authd.postgres.outbox import LANE_ROWS, Outbox, add_events
+from authd.events.contract import Event
+from authd.events.factory import revocation_record
+from authd.events.postgres import LANE_ROWS, Outbox, add_events
+from authd.events.publisher import TRIES_MAX, OutboxWatch
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -12,10 +12,10 @@ from redis import exceptions as redis_errors
 from redis.asyncio import Redis
 from redis.asyncio.connection import Connection
 
-from authd.breaker import FAILURES_MAX
 from authd.config import Secret, Settings
 from authd.errors import Unavailable
-from authd.redis.client import SERVERS_MAX, RedisClient, Servers, open_redis
+from authd.infra.redis.client import SERVERS_MAX, RedisClient, Servers, open_redis
+from authd.infra.tasks.breaker import FAILURES_MAX
 
 PATIENCE_S = 30.0
 

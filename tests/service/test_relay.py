@@ -14,11 +14,11 @@ from service.relaying import CLIENT, PATIENCE_S, Node, make_settings, open_node,
 
 from authd.config import BUCKETS, Settings
 from authd.embedded import PostgresServer
-from authd.redis.events import event_stream
-from authd.redis.sessions import Live
-from authd.redis.throttle import Outcome, Reserved
-from authd.relay import ENTRIES_MAX
-from authd.tokens import encode_base64url
+from authd.events.redis import event_stream
+from authd.login.redis import Outcome, Reserved
+from authd.sessions.redis import Live
+from authd.sessions.relay import ENTRIES_MAX
+from authd.tokens.access import encode_base64url
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -12,11 +12,11 @@ from service.world import CLIENT, LOGGED, MakeWorld, ScriptCall, World, owner, t
 from authd.config import BUCKETS
 from authd.embedded import PostgresServer
 from authd.errors import Unavailable
-from authd.mac_tokens import Subject
-from authd.postgres.revocations import CATCH_UP_ROWS
-from authd.postgres.users import User
-from authd.redis.sessions import Behind
-from authd.tokens import SESSION_ID_BYTES
+from authd.sessions.postgres import CATCH_UP_ROWS
+from authd.sessions.redis import Behind
+from authd.tokens.access import SESSION_ID_BYTES
+from authd.tokens.mac import Subject
+from authd.users.postgres import User
 
 # Redis goes back in time
 
@@ -77,7 +77,7 @@ async def test_a_failover_that_loses_a_logout_revives_nobody(world: World, scope
 
 
 async def test_a_replica_learns_the_heads_by_itself(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("authd.revocations.HEADS_INTERVAL_S", 0.01)
+    monkeypatch.setattr("authd.sessions.feed.HEADS_INTERVAL_S", 0.01)
     user = await world.register()
     other = await world.replica()
     row = await world.users.end_all_sessions(user.subject, "logout")

@@ -14,15 +14,16 @@ from service.world import CLIENT, MakeWorld, ScriptCall, World
 
 from authd.config import BUCKETS
 from authd.errors import InvalidCredentials
-from authd.mac_tokens import Subject
-from authd.postgres.queries import load_queries
-from authd.redis.client import load_script
-from authd.refresh_tokens import SESSION_ID_BYTES
+from authd.infra.postgres.queries import load_queries
+from authd.infra.redis.client import load_script
+from authd.tokens.mac import Subject
+from authd.tokens.refresh import SESSION_ID_BYTES
 
 AUTHD = Path(str(files("authd")))
-SCRIPTS = {path.stem: path.read_text() for path in (AUTHD / "redis" / "scripts").glob("*.lua")}
-QUERIES = {path.name for path in (AUTHD / "postgres" / "queries").glob("*.sql")}
-INCLUDE = re.compile(r"^-- include: (\w+)$", re.MULTILINE)
+PATHS = {path.stem: path for path in AUTHD.rglob("*.lua")}
+SCRIPTS = {name: path.read_text() for name, path in PATHS.items()}
+QUERIES = {path for path in AUTHD.rglob("*.sql") if path.parent.name != "migrations"}
+INCLUDE = re.compile(r"^-- include: (?:[\w/]+/)?(\w+)$", re.MULTILINE)
 INCLUDED = {name for text in SCRIPTS.values() for name in INCLUDE.findall(text)}
 #: In a header, two spaces stand before each number.
 NUMBERED = re.compile(r" {2,}(\d+) ")
@@ -56,23 +57,26 @@ def header(name: str) -> dict[str, int]:
     return found
 
 
+def package_of(path: Path) -> str:
+    return ".".join(["authd", *path.parent.relative_to(AUTHD).parts])
+
+
+def script_text(name: str) -> str:
+    return load_script(package_of(PATHS[name]), name)
+
+
 def body(name: str) -> str:
-    return re.sub(r"--.*", "", load_script(name))
+    return re.sub(r"--.*", "", script_text(name))
 
 
 def test_every_query_is_used_and_every_used_one_is_there() -> None:
-    used: dict[str, set[str]] = {name: set() for name in QUERIES}
-    ours: dict[str, set[str]] = {}
-    for path in (AUTHD / "postgres").glob("*.py"):
-        tree = ast.parse(path.read_text())
-        for file_name in constants(tree) & QUERIES:
-            used[file_name] |= set(query_names(tree))
-            ours[file_name] = set(load_queries(file_name))
-    assert used == ours
+    used = {path: set(query_names(ast.parse(path.with_suffix(".py").read_text()))) for path in QUERIES}
+    assert used == {path: set(load_queries(package_of(path), path.stem)) for path in QUERIES}
 
 
 def test_every_script_is_loaded_or_included() -> None:
-    named = set().union(*(constants(ast.parse(path.read_text())) for path in (AUTHD / "redis").glob("*.py")))
+    named = set().union(*(constants(ast.parse(path.read_text())) for path in AUTHD.rglob("redis*/*.py")))
+    named |= set().union(*(constants(ast.parse(path.read_text())) for path in AUTHD.rglob("redis.py")))
     assert named & SCRIPTS.keys() | INCLUDED == SCRIPTS.keys()
 
 
@@ -93,7 +97,7 @@ async def test_every_call_passes_what_the_scripts_header_names(
 ) -> None:
     world = await make_world(refresh_grace_s=0.05)
     await use_every_script(world)
-    texts = {load_script(name): name for name in SCRIPTS}
+    texts = {script_text(name): name for name in SCRIPTS}
     called = set()
     for call in script_calls:
         script = call.script.script

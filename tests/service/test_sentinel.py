@@ -32,9 +32,9 @@ from authd.embedded import RedisServer
 from authd.embedded.processes import free_port
 from authd.embedded.redis import _find_program
 from authd.errors import Unavailable
-from authd.mac_tokens import Subject
-from authd.redis.client import RedisClient, open_redis
-from authd.redis.sessions import Live, Opened, Owner, SessionStore
+from authd.infra.redis.client import RedisClient, open_redis
+from authd.sessions.redis import Live, Opened, Owner, SessionStore
+from authd.tokens.mac import Subject
 
 SERVICE = "authd-redis"
 SENTINELS, QUORUM = 3, 2

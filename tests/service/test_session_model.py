@@ -21,9 +21,9 @@ from hypothesis.stateful import (
 from service.world import MakeWorld, World
 
 from authd.errors import InvalidCredentials
-from authd.postgres.users import User
-from authd.sessions import TokenPair
-from authd.tokens import RefreshToken
+from authd.sessions.sessions import TokenPair
+from authd.tokens.access import RefreshToken
+from authd.users.postgres import User
 
 CAP = 3
 #: No history takes as long; `wait` lets it pass.

@@ -22,9 +22,9 @@ from service.world import (
 )
 
 from authd.errors import InvalidCredentials, Refusal, Unavailable
-from authd.passwords import hash_password
-from authd.postgres.users import User
-from authd.sessions import TokenPair
+from authd.passwords.formats import hash_password
+from authd.sessions.sessions import TokenPair
+from authd.users.postgres import User
 
 #: A user's rounds follow one another; so many users play at once.
 LANES = 20

@@ -28,8 +28,8 @@ from service.world import (
 from authd.config import BUCKETS
 from authd.embedded import PostgresServer, RedisServer
 from authd.errors import InvalidCredentials, SessionLimit, Unavailable, UnknownSession
-from authd.redis.sessions import Client, Denied, Opened
-from authd.tokens import MacKey
+from authd.sessions.redis import Client, Denied, Opened
+from authd.tokens.ring import MacKey
 
 SMALL_GRACE_S = 0.05
 KEY = re.compile(
@@ -452,7 +452,7 @@ async def _is_logged(world: World, user_id: int, session_id: bytes) -> bool:
 async def test_while_postgres_is_away_a_refresh_works_and_an_unknown_session_waits(
     make_world: MakeWorld, postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("authd.sessions.RECORD_WAIT_S", 0.1)
+    monkeypatch.setattr("authd.sessions.sessions.RECORD_WAIT_S", 0.1)
     world = await make_world(database_timeout_s=0.3, refresh_grace_s=SMALL_GRACE_S)
     user = await world.register()
     known, stolen, unknown = [await world.open(user) for _ in range(3)]

@@ -19,10 +19,10 @@ from service.world import answers, open_raw
 from authd.config import Secret, Settings
 from authd.embedded import RedisServer
 from authd.errors import LoginLocked, Unavailable
-from authd.hasher import Admission, Hasher, Job
-from authd.passwords import Effort, hash_password, verify_password
-from authd.redis.client import RedisClient, open_redis
-from authd.redis.throttle import DIGEST_BYTES, Locked, Outcome, Reserved, Throttle, Wait
+from authd.infra.redis.client import RedisClient, open_redis
+from authd.login.redis import DIGEST_BYTES, Locked, Outcome, Reserved, Throttle, Wait
+from authd.passwords.formats import Effort, hash_password, verify_password
+from authd.passwords.hasher import Admission, Hasher, Job
 
 ADDRESS, ACCOUNT = "192.0.2.1", "somebody@example.org"
 PASSWORD = "correct horse"
@@ -39,7 +39,7 @@ def throttle_of(client: RedisClient, settings: Settings, **changes: Any) -> Thro
 @pytest.fixture(autouse=True)
 def scripts_are_read_at_the_start(no_blocking: Any) -> None:
     for function in no_blocking.functions.values():
-        function.can_block_in("authd/redis/client.py", "load_script")
+        function.can_block_in("authd/infra/redis/client.py", "load_script")
 
 
 @pytest.fixture

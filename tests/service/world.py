@@ -19,27 +19,29 @@ from redis.asyncio import Redis, RedisCluster
 from redis.commands.core import AsyncScript
 
 from authd.config import BUCKETS, Secret, Settings
-from authd.devices import DeviceMint
 from authd.embedded import PostgresServer
 from authd.errors import RefreshRefused, Refusal, Unavailable, UserDisabled
-from authd.hasher import Hasher
-from authd.login import PasswordCheck
-from authd.mac_tokens import Subject
-from authd.passwords import hash_password
-from authd.postgres.database import Database, open_database
-from authd.postgres.migrate import migrate
-from authd.postgres.revocations import Revocations
-from authd.postgres.users import User, Users
-from authd.redis.client import RedisClient, open_redis
-from authd.redis.sessions import Client, Owner, SessionStore
-from authd.redis.throttle import Throttle
-from authd.redis.users import UserCache
-from authd.refresh_tokens import RefreshToken
-from authd.relay import EventRelay
-from authd.revocations import RevocationFeed
-from authd.sessions import Sessions, TokenPair
+from authd.infra.postgres.database import Database, open_database
+from authd.infra.postgres.migrate import migrate
+from authd.infra.redis.client import RedisClient, open_redis
+from authd.login.password import PasswordCheck
+from authd.login.redis import Throttle
+from authd.passwords.formats import hash_password
+from authd.passwords.hasher import Hasher
+from authd.sessions.feed import RevocationFeed
+from authd.sessions.postgres import Revocations
+from authd.sessions.redis import Client, Owner, SessionStore
+from authd.sessions.relay import EventRelay
+from authd.sessions.sessions import Sessions, TokenPair
 from authd.stores import PostgresStores, RedisStores
-from authd.tokens import DataKey, KeyRing, MacKey, TokenMint, shared_signing_key
+from authd.tokens.access import TokenMint
+from authd.tokens.device import DeviceMint
+from authd.tokens.mac import Subject
+from authd.tokens.refresh import RefreshToken
+from authd.tokens.ring import DataKey, KeyRing, MacKey
+from authd.tokens.seal import shared_signing_key
+from authd.users.postgres import User, Users
+from authd.users.redis import UserCache
 
 PASSWORD = "correct horse"
 COST = 4

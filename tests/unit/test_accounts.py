@@ -8,9 +8,10 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from authd.accounts import FULL_NAME_CHARS_MAX, USERNAME_CHARS_MAX, Accounts, address_key, username_key
+from authd.accounts.registration import FULL_NAME_CHARS_MAX, Accounts
 from authd.errors import InvalidRequest
-from authd.text import MARKS_MAX, holds_newer
+from authd.infra.text import MARKS_MAX, holds_newer
+from authd.users.usernames import USERNAME_CHARS_MAX, address_key, username_key
 
 #: What Postgres takes at most in an index is 2,704 bytes.
 KEY_BYTES_MAX = 254

@@ -7,8 +7,8 @@ import pytest
 from quart import Blueprint, Quart, Response, signals
 
 from authd.config import Settings
-from authd.http.app import App, IgnoredHook
-from authd.http.wire import json_response
+from authd.infra.http.app import App, IgnoredHook
+from authd.infra.http.reading import json_response
 
 
 async def hook(*_: object, **__: object) -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from authd.breaker import FAILURES_MAX, OPEN_S, Breaker
+from authd.infra.tasks.breaker import FAILURES_MAX, OPEN_S, Breaker
 
 
 class Refused(Exception):

@@ -10,7 +10,7 @@ from quart import Request
 from werkzeug.datastructures import Headers
 
 from authd.errors import MissingToken
-from authd.http.client import (
+from authd.infra.http.address import (
     ADDRESS_CHARS_MAX,
     HOPS_MAX,
     _parse_address,
@@ -18,7 +18,7 @@ from authd.http.client import (
     find_address,
     find_client,
 )
-from authd.redis.sessions import USER_AGENT_BYTES_MAX
+from authd.sessions.redis import USER_AGENT_BYTES_MAX
 
 PROXIES = tuple(map(ip_network, ("10.0.0.0/8", "192.0.2.1/32", "fd00::/8")))
 

@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 from prometheus_client import REGISTRY
 
-from authd.clocks import ClockWatch, Skews, WrongClock
 from authd.errors import Unavailable
+from authd.infra.clocks import ClockWatch, Skews, WrongClock
 
 NOW, BOUND_S = 1_800_000_000.0, 5.0
 

@@ -11,7 +11,7 @@ import yaml
 
 from authd import __version__
 from authd.config import Settings, parse_settings
-from authd.delivery import FLUSH_S
+from authd.events.publisher import FLUSH_S
 from authd.runtime import LAST_RESORT_S
 
 FOLDER = Path(__file__).parents[2] / "compose"

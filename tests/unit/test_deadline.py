@@ -6,7 +6,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from authd.deadline import CANCEL_AGAIN_S, Deadline
+from authd.infra.tasks.deadline import CANCEL_AGAIN_S, Deadline
 
 SOON_S = 0.01
 

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from authd.base64url import decode_base64url, encode_base64url
 from authd.config import Secret, Settings
-from authd.devices import DEVICE_ID_BYTES, DEVICE_TTL_S, Device, DeviceMint
-from authd.mac_tokens import Subject
-from authd.refresh_tokens import RefreshToken
-from authd.tokens import KeyRing, MacKey, TokenMint
+from authd.infra.encoding import decode_base64url, encode_base64url
+from authd.tokens.access import TokenMint
+from authd.tokens.device import DEVICE_ID_BYTES, DEVICE_TTL_S, Device, DeviceMint
+from authd.tokens.mac import Subject
+from authd.tokens.refresh import RefreshToken
+from authd.tokens.ring import KeyRing, MacKey
 
 NOW = 1_800_000_000.0
 ID = bytes(range(DEVICE_ID_BYTES))

@@ -18,8 +18,10 @@ from authd.errors import (
     RegistrationLimited,
     Unavailable,
 )
-from authd.http import app, protocol, wire
-from authd.http.problems import PROBLEMS, deadline_response, refusal_response
+from authd.infra.http import app
+from authd.infra.http import reading as wire
+from authd.infra.http.problems import PROBLEMS, deadline_response, refusal_response
+from authd.infra.http.server import protocol
 
 PARTS = ("user_store", "session_store", "hashing", "deadline")
 #: What the edge says itself, without a refusal of the domain.

@@ -5,9 +5,9 @@ from datetime import UTC, datetime, timedelta, timezone
 import msgspec
 import pytest
 
-from authd.announcements import EventFactory
 from authd.config import Secret, Settings
-from authd.events import Event
+from authd.events.contract import Event
+from authd.events.factory import EventFactory
 
 #: Without brokers: only the contract's events are promised.
 EVENTS = EventFactory(

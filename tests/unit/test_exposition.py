@@ -10,8 +10,8 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Metric, generate_latest
 from prometheus_client.registry import Collector
 
-from authd.http import exposition
-from authd.http.exposition import Exposition
+from authd.infra.observe import exposition
+from authd.infra.observe.exposition import Exposition
 
 WITHIN_S = 5.0
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from authd import fair_queue
-from authd.fair_queue import FairQueue, Path
+from authd.passwords import fair_queue
+from authd.passwords.fair_queue import FairQueue, Path
 
 LONGEST = 10
 NETWORKS = [("q", *names) for names in product("ABC", "12", "xy")]

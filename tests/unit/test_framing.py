@@ -5,7 +5,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from authd.http.framing import Framing, FramingError
+from authd.infra.http.server.framing import Framing, FramingError
 
 HEAD_BYTES_MAX = 200
 PIECES = [

@@ -2,7 +2,7 @@ import anyio
 import pytest
 
 from authd.errors import Unavailable
-from authd.health import Health
+from authd.infra.observe.health import Health
 
 
 class Part:

@@ -14,11 +14,11 @@ from quart import Blueprint, Response, g, request
 from structlog.testing import capture_logs
 
 from authd.config import Settings
-from authd.http.app import App
-from authd.http.framing import CHUNK_LINE_BYTES_MAX, EMPTY_LINES_MAX, TRAILERS_BYTES_MAX
-from authd.http.protocol import Http1
-from authd.http.server import make_config
-from authd.http.wire import json_response
+from authd.infra.http.app import App
+from authd.infra.http.reading import json_response
+from authd.infra.http.server.framing import CHUNK_LINE_BYTES_MAX, EMPTY_LINES_MAX, TRAILERS_BYTES_MAX
+from authd.infra.http.server.protocol import Http1
+from authd.infra.http.server.server import make_config
 
 WITHIN_S = 5.0
 HEAD = b"GET /echo HTTP/1.1\r\nHost: a\r\n"

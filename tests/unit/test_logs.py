@@ -17,16 +17,16 @@ import pytest
 from structlog.testing import capture_logs
 
 from authd.config import ConfigError
-from authd.observe.log_file import LogFile
-from authd.observe.logs import LOG_FILE, _file_handler
+from authd.infra.observe.log_file import LogFile
+from authd.infra.observe.logs import LOG_FILE, _file_handler
 
 PROGRAM = """
 import logging, sys
 import structlog
 from authd.config import Secret, parse_settings
-from authd.observe.logs import start_logs
-from authd.sessions import TokenPair
-from authd.tokens import MacKey
+from authd.infra.observe.logs import start_logs
+from authd.sessions.sessions import TokenPair
+from authd.tokens.ring import MacKey
 
 settings = parse_settings({
     "AUTHD_DATABASE_URL": "postgresql://authd:store-password@localhost/authd",

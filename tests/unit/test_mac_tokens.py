@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from authd.base64url import decode_base64url, encode_base64url
-from authd.mac_tokens import MacToken
+from authd.infra.encoding import decode_base64url, encode_base64url
+from authd.tokens.mac import MacToken
 
 SECRETS = {1: b"1" * 32, 2: b"2" * 32}
 KIND = MacToken("k1.", "QH16sx", purpose="tests")

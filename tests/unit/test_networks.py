@@ -1,6 +1,6 @@
 import pytest
 
-from authd.networks import network_of, networks_of
+from authd.infra.networks import network_of, networks_of
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import msgspec
 import pytest
 
 from authd.config import Settings, parse_settings
-from authd.http.app import App
-from authd.http.credentials import make_credentials
-from authd.http.oauth import make_oauth
-from authd.http.openapi import ANYWHERE, ROUTES, describe, make_openapi
-from authd.http.operations import make_operations
-from authd.http.problems import PROBLEMS
+from authd.infra.http.app import App
+from authd.infra.http.openapi import ANYWHERE, ROUTES, describe, make_openapi
+from authd.infra.http.problems import PROBLEMS
+from authd.infra.observe.http import make_operations
+from authd.login.http import make_credentials
+from authd.oauth.http import make_oauth
 
 ISSUER = "https://auth.example.com/"
 #: Answered where there is no endpoint to describe.

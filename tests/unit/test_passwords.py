@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from authd import passwords
-from authd.passwords import (
+from authd.passwords import formats as passwords
+from authd.passwords.formats import (
     COST_MAX,
     PASSWORD_BYTES_MAX,
     Effort,

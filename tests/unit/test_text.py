@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from authd.text import MARKS_MAX, fold, holds_newer, is_bounded, normalise
+from authd.infra.text import MARKS_MAX, fold, holds_newer, is_bounded, normalise
 
 CHARS_MAX = 2048
 ANY = st.text(st.characters(), max_size=60)

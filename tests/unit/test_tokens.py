@@ -15,25 +15,19 @@ from joserfc import jwt as jose_jwt
 from joserfc.jwk import ECKey
 
 from authd.config import Secret, Settings
-from authd.mac_tokens import Subject
-from authd.refresh_tokens import RefreshToken
-from authd.tokens import (
+from authd.tokens.access import (
     ACCESS_TOKEN_CHARS_MAX,
     CLOCKS_APART_S,
-    DataKey,
     ExpiredToken,
     InvalidToken,
-    KeyRing,
-    KeySeal,
-    MacKey,
-    SigningKey,
     TokenMint,
     decode_base64url,
     encode_base64url,
-    generate_signing_key,
-    load_signing_key,
-    shared_signing_key,
 )
+from authd.tokens.mac import Subject
+from authd.tokens.refresh import RefreshToken
+from authd.tokens.ring import DataKey, KeyRing, MacKey, SigningKey
+from authd.tokens.seal import KeySeal, generate_signing_key, load_signing_key, shared_signing_key
 
 NOW = 1_800_000_000
 SESSION = bytes(range(16))

@@ -2,8 +2,8 @@
 
 import pytest
 
-from authd.passwords import PASSWORD_CHARS_MIN, check_password
-from authd.weak_passwords import WeakPasswords
+from authd.passwords.formats import PASSWORD_CHARS_MIN, check_password
+from authd.passwords.weak import WeakPasswords
 
 USERNAME = "Ada.Lovelace@example.com"
 #: As a Japanese keyboard writes it.

@@ -13,8 +13,8 @@ from quart.typing import TestClientProtocol as Client
 from werkzeug.sansio import request as sansio_request
 
 from authd.errors import Unavailable
-from authd.http.app import App
-from authd.http.wire import (
+from authd.infra.http.app import App
+from authd.infra.http.reading import (
     CONTENT_TYPE_CHARS_MAX,
     FORM_FIELDS_MAX,
     RefreshRequest,

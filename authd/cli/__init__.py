@@ -1,0 +1,1 @@
+"""The commands: serve, dev, migrate, check, and those that look at a deployment or change it."""

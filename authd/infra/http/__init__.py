@@ -1,0 +1,1 @@
+"""The only home of Quart: the application, problems, CORS, and how requests are read."""

@@ -1,0 +1,1 @@
+"""The only home of aiokafka: the producer and its recovery."""

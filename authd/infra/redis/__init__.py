@@ -1,0 +1,1 @@
+"""The only home of redis-py: the client and the loader of scripts."""

@@ -1,0 +1,1 @@
+"""What tasks and calls of a store are bounded by."""

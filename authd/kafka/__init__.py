@@ -1,1 +1,0 @@
-"""The room of Kafka, which tells. The only home of aiokafka."""

@@ -1,0 +1,172 @@
+"""The revocation log: every ending of a session, numbered without gaps in its bucket."""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+import asyncpg
+import msgspec
+
+from authd.config import BUCKETS
+from authd.events.factory import EventFactory, revocation_record
+from authd.events.postgres import add_events
+from authd.infra.postgres.database import Connection, Database
+from authd.infra.postgres.queries import load_queries
+from authd.tokens.mac import Subject
+
+_QUERIES = load_queries(__package__)
+#: Rows read in one statement while Redis catches up.
+CATCH_UP_ROWS = 500
+#: Expired rows deleted in one statement.
+DELETE_ROWS = 1000
+
+
+class Revoked(msgspec.Struct, frozen=True):
+    """The place of a row in the log."""
+
+    bucket: int
+    number: int
+
+
+class Revocation(msgspec.Struct, frozen=True, kw_only=True):
+    """A row: one session that ended, or the epoch below which all of the user's did. An incarnation of 0 is that of a
+    user who was gone when rows began to have one.
+    """
+
+    number: int
+    user_id: int
+    incarnation: int
+    session_id: bytes | None
+    epoch: int | None
+    reason: str
+    expires_at: datetime
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(self.user_id, self.incarnation)
+
+
+class Ending(msgspec.Struct, frozen=True):
+    """A session that ended."""
+
+    subject: Subject
+    session_id: bytes
+    reason: str
+
+
+class RevocationWriter:
+    """Adds rows to the log, and what is to be told of them, in a transaction of the caller's, who has locked the user's
+    row. `keep`: the longest life of a session.
+    """
+
+    def __init__(self, events: EventFactory, keep: timedelta) -> None:
+        self._events = events
+        self._keep = keep
+
+    async def end_sessions(self, connection: Connection, endings: Sequence[Ending]) -> Revoked:
+        """At least one, of users of one bucket; the last row's place."""
+        bucket = endings[0].subject.user_id % BUCKETS
+        told = [self._events.revoked(each.subject.user_id, each.session_id, None, each.reason) for each in endings]
+        await add_events(connection, [event for events in told for event in events])
+        rows = await connection.fetch(
+            _QUERIES["add_session_revocations"],
+            bucket,
+            [each.subject.user_id for each in endings],
+            [each.subject.incarnation for each in endings],
+            [each.session_id for each in endings],
+            [each.reason for each in endings],
+            self._keep,
+            self._events.announced_for,
+        )
+        return _place(bucket, rows)
+
+    async def end_new(self, connection: Connection, endings: Sequence[Ending]) -> Revoked | None:
+        """Those that the log has not, once each; the last row's place, None where it has them all."""
+        ids = [each.session_id for each in endings]
+        logged = {row["session_id"] for row in await connection.fetch(_QUERIES["find_session_revocations"], ids)}
+        new = {each.session_id: each for each in endings if each.session_id not in logged}
+        return await self.end_sessions(connection, list(new.values())) if new else None
+
+    async def end_all(self, connection: Connection, subject: Subject, epoch: int, reason: str) -> Revoked:
+        await add_events(connection, self._events.sessions_ended(subject.user_id, epoch, reason))
+        await add_events(connection, self._events.revoked(subject.user_id, None, epoch, reason))
+        bucket = subject.user_id % BUCKETS
+        rows = await connection.fetch(
+            _QUERIES["add_epoch_revocation"],
+            bucket,
+            *subject,
+            epoch,
+            reason,
+            self._keep,
+            self._events.announced_for,
+        )
+        return _place(bucket, rows)
+
+
+class Revocations:
+    def __init__(self, database: Database, writer: RevocationWriter, events: EventFactory) -> None:
+        self._database = database
+        self._writer = writer
+        self._events = events
+
+    async def end_sessions(self, subject: Subject, session_ids: Sequence[bytes], reason: str) -> Revoked:
+        """Log the ending of at least one session of a user in one transaction, also where the user is gone; the last
+        row's place.
+        """
+        async with self._database.transaction(bucket=subject.user_id % BUCKETS) as connection:
+            await connection.execute(_QUERIES["lock_user"], subject.user_id)
+            for session_id in session_ids:
+                await add_events(connection, self._events.session_ended(subject.user_id, session_id, reason))
+            return await self._writer.end_sessions(connection, _endings(subject, session_ids, reason))
+
+    async def record_sessions(self, subject: Subject, session_ids: Sequence[bytes], reason: str) -> Revoked | None:
+        """Log endings that Redis decided, where the log has them not yet: their events come from Redis. None where it
+        has them all.
+        """
+        async with self._database.transaction(bucket=subject.user_id % BUCKETS) as connection:
+            await connection.execute(_QUERIES["lock_user"], subject.user_id)
+            return await self._writer.end_new(connection, _endings(subject, session_ids, reason))
+
+    async def announce_over(self) -> int:
+        """Promise the tombstones of announced rows that concern no access token any more: one user's a call, and how
+        many rows that were.
+        """
+        async with self._database.transaction() as connection:
+            user_id = await connection.fetchval(_QUERIES["find_user_announced_over"])
+            if user_id is None:
+                return 0
+            await connection.execute(_QUERIES["lock_user"], user_id)
+            # Where another replica was faster, there is nothing left to take.
+            rows = await connection.fetch(_QUERIES["take_announced_over"], user_id)
+            # A newer ending of the same key is still announced: the tombstone would take away its record.
+            newer = await connection.fetch(_QUERIES["list_announced"], user_id)
+            keys = {row["session_id"] for row in rows} - {row["session_id"] for row in newer}
+            await add_events(connection, [revocation_record(user_id, key, None) for key in keys])
+        return len(rows)
+
+    async def heads(self) -> dict[int, int]:
+        """The last number of each bucket that has one."""
+        return {row["bucket"]: row["last_number"] for row in await self._database.fetch(_QUERIES["list_heads"])}
+
+    async def after(self, bucket: int, number: int) -> tuple[int, list[Revocation]]:
+        """The bucket's head and its rows after `number`, oldest first, at most CATCH_UP_ROWS."""
+        rows = await self._database.fetch(_QUERIES["list_revocations_after"], bucket, number, CATCH_UP_ROWS)
+        if not rows:
+            return 0, []
+        found = [Revocation(**{k: v for k, v in row.items() if k != "head"}) for row in rows if row["number"]]
+        return rows[0]["head"], found
+
+    async def delete_expired(self) -> int:
+        """Delete at most DELETE_ROWS rows that concern no living token, and return how many."""
+        async with self._database.transaction() as connection:
+            status = await connection.execute(_QUERIES["delete_expired_revocations"], DELETE_ROWS)
+        return int(status.rpartition(" ")[2])
+
+
+def _endings(subject: Subject, session_ids: Sequence[bytes], reason: str) -> list[Ending]:
+    return [Ending(subject, session_id, reason) for session_id in session_ids]
+
+
+def _place(bucket: int, rows: Sequence[asyncpg.Record]) -> Revoked:
+    if not rows:
+        raise RuntimeError(f"revocation_heads has no bucket {bucket}")
+    return Revoked(bucket, max(row["number"] for row in rows))

@@ -1,0 +1,114 @@
+"""The users, and the endings of sessions that a change of the user brings."""
+
+from datetime import datetime
+from typing import Literal
+
+import msgspec
+
+from authd.config import BUCKETS
+from authd.events.factory import EventFactory
+from authd.events.postgres import add_events
+from authd.infra.postgres.database import Database
+from authd.infra.postgres.queries import load_queries
+from authd.sessions.postgres import RevocationWriter, Revoked
+from authd.tokens.mac import Subject
+
+_QUERIES = load_queries(__package__)
+
+
+class User(msgspec.Struct, frozen=True, kw_only=True):
+    """A user's row. `password_version` is raised by each other password and by whatever else ends the use of device
+    tokens, `version` by each change. `revocation` is the bucket's last revocation number, read in the same snapshot.
+    """
+
+    id: int
+    incarnation: int
+    username: str
+    full_name: str
+    password_hash: str
+    password_version: int
+    version: int
+    epoch: int
+    disabled: bool
+    created_at: datetime
+    revocation: int
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(self.id, self.incarnation)
+
+    @property
+    def registered_ms(self) -> int:
+        """When it registered, in ms since the epoch, rounded down as Redis does it."""
+        return int(self.created_at.timestamp() * 1000)
+
+    def __repr__(self) -> str:
+        return f"User({self.id})"
+
+
+class NewUser(msgspec.Struct, frozen=True, kw_only=True):
+    """What a registration wrote."""
+
+    id: int
+    username: str
+    full_name: str
+    created_at: datetime
+
+
+class Users:
+    def __init__(self, database: Database, writer: RevocationWriter, events: EventFactory) -> None:
+        self._database = database
+        self._writer = writer
+        self._events = events
+
+    async def insert(self, username: str, username_key: str, full_name: str, password_hash: str) -> NewUser | None:
+        """Add the user and its `user.registered` event in one transaction; None where the username is taken."""
+        async with self._database.transaction() as connection:
+            row = await connection.fetchrow(_QUERIES["insert_user"], username, username_key, full_name, password_hash)
+            if row is None:
+                return None
+            user = NewUser(id=row["id"], username=username, full_name=full_name, created_at=row["created_at"])
+            await add_events(connection, self._events.user_registered(user.id, username, full_name, user.created_at))
+        return user
+
+    async def find_by_username_key(self, username_key: str) -> User | None:
+        row = await self._database.fetch_row(_QUERIES["find_user_by_username_key"], username_key)
+        return User(**row) if row is not None else None
+
+    async def find(self, user_id: int, incarnation: int | None) -> User | None:
+        """Return the user of this incarnation; with None whoever has the id now, who need not be whom a token of before
+        incarnations is about.
+        """
+        row = await self._database.fetch_row(_QUERIES["find_user"], user_id, incarnation)
+        return User(**row) if row is not None else None
+
+    async def find_of_session(self, subject: Subject, session_id: bytes) -> tuple[User | None, str | None]:
+        """The user, and the reason of the session's ending if the log has one."""
+        row = await self._database.fetch_row(_QUERIES["find_user_of_session"], *subject, session_id)
+        if row is None:
+            return None, None
+        fields = dict(row)
+        ended = fields.pop("ended")
+        return User(**fields), ended
+
+    async def set_password_hash(self, user_id: int, old: str, new: str) -> bool:
+        """Renew the hash of the same password; False where another renewed or changed it meanwhile."""
+        return await self._database.fetch_row(_QUERIES["set_password_hash"], user_id, old, new) is not None
+
+    async def end_all_sessions(self, subject: Subject, reason: str) -> Revoked | None:
+        """Raise the user's epoch and log it; None where the user is gone."""
+        async with self._database.transaction(bucket=subject.user_id % BUCKETS) as connection:
+            row = await connection.fetchrow(_QUERIES["raise_epoch"], *subject)
+            return None if row is None else await self._writer.end_all(connection, subject, row["epoch"], reason)
+
+    async def set_disabled(self, username_key: str, *, disabled: bool) -> Revoked | None:
+        """Disable or enable, and end all sessions; None where no such user, or nothing changed."""
+        query = _QUERIES["disable_user" if disabled else "enable_user"]
+        async with self._database.transaction() as connection:
+            row = await connection.fetchrow(query, username_key)
+            if row is None:
+                return None
+            kind: Literal["user.disabled", "user.enabled"] = "user.disabled" if disabled else "user.enabled"
+            await add_events(connection, self._events.user_changed(kind, row["id"]))
+            subject = Subject(row["id"], row["incarnation"])
+            return await self._writer.end_all(connection, subject, row["epoch"], kind.replace(".", "_"))
