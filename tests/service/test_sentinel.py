@@ -415,7 +415,8 @@ async def test_a_rediss_url_of_sentinels_speaks_tls_to_them_and_to_the_master(
     replica = await connect(stack, url + str(certificates.ca), no_blocking)
     await until(replica.can_open)
     assert await replica.is_live(await replica.open())
-    assert (master.handshakes > 0, sentinels[0].handshakes > 0) == (True, True)
+    # A sentinel that is slow once gives way to the next.
+    assert (master.handshakes > 0, any(proxy.handshakes for proxy in sentinels)) == (True, True)
     handshakes = master.handshakes
     replica = await connect(stack, url + str(certificates.other_ca), no_blocking)
     with anyio.fail_after(IN_TIME_S), pytest.raises(Unavailable):
