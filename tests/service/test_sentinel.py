@@ -43,6 +43,8 @@ USER, EPOCH, KEY = 7, 1, 1
 SUBJECT = Subject(USER, 5)
 #: As long as authd waits for Redis by default.
 TIMEOUT_S = 1.0
+#: On a busy machine; whoever waits for what is not there has no end.
+IN_TIME_S = TIMEOUT_S + 2
 
 
 class SentinelServer(RedisServer):
@@ -217,7 +219,7 @@ async def test_a_lost_master_is_followed_to_the_next_without_a_restart(
     await watched.master.kill()
     with pytest.raises(Unavailable):
         await replica.is_live(session_id)
-    with anyio.fail_after(TIMEOUT_S + 0.5), suppress(Unavailable):  # no wait for a master that is not there yet
+    with anyio.fail_after(IN_TIME_S), suppress(Unavailable):  # no wait for a master that is not there yet
         await replica.open()
     await until(replica.can_open)
     assert await role(watched.replica) == "master"
@@ -254,7 +256,7 @@ async def test_without_a_sentinel_or_the_service_redis_is_unavailable_in_time(
     nobody = f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{free_port()}/{SERVICE}"
     for url in (nobody, watched.url.replace(SERVICE, "another")):
         replica = await connect(stack, url, no_blocking)
-        with anyio.fail_after(TIMEOUT_S + 0.5), pytest.raises(Unavailable):
+        with anyio.fail_after(IN_TIME_S), pytest.raises(Unavailable):
             await replica.open()
 
 
@@ -391,7 +393,7 @@ async def test_a_rediss_url_speaks_tls_and_proves_the_server_by_the_ca_it_names(
     handshakes = proxy.handshakes
     for distrusted in (f"{url}?ssl_ca_certs={certificates.other_ca}", url, url.replace("rediss", "redis")):
         replica = await connect(stack, distrusted, no_blocking)
-        with anyio.fail_after(TIMEOUT_S + 0.5), pytest.raises(Unavailable):
+        with anyio.fail_after(IN_TIME_S), pytest.raises(Unavailable):
             await replica.open()
     assert proxy.handshakes == handshakes
     # It is the name in the URL that the certificate must have.
@@ -411,10 +413,12 @@ async def test_a_rediss_url_of_sentinels_speaks_tls_to_them_and_to_the_master(
     nodes = ",".join(f"127.0.0.1:{proxy.port}" for proxy in sentinels)
     url = f"rediss+sentinel://{nodes}/{SERVICE}?ssl_ca_certs="
     replica = await connect(stack, url + str(certificates.ca), no_blocking)
+    await until(replica.can_open)
     assert await replica.is_live(await replica.open())
-    assert (master.handshakes > 0, sentinels[0].handshakes > 0) == (True, True)
+    # A sentinel that is slow once gives way to the next.
+    assert (master.handshakes > 0, any(proxy.handshakes for proxy in sentinels)) == (True, True)
     handshakes = master.handshakes
     replica = await connect(stack, url + str(certificates.other_ca), no_blocking)
-    with anyio.fail_after(TIMEOUT_S + 0.5), pytest.raises(Unavailable):
+    with anyio.fail_after(IN_TIME_S), pytest.raises(Unavailable):
         await replica.open()
     assert master.handshakes == handshakes

@@ -441,7 +441,7 @@ class Aim:
 
     def learn(self, *, was_late: bool) -> None:
         self.seen[was_late] += 1
-        self._delay_s = min(0.5, self._delay_s * (0.9 if was_late else 1.1))
+        self._delay_s = min(5.0, self._delay_s * (0.75 if was_late else 1.33))
 
     def assert_met_both(self) -> None:
         assert min(self.seen[True], self.seen[False]) >= 5, self.seen
