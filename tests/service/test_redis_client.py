@@ -38,7 +38,7 @@ async def test_connections_that_are_closed_under_their_tasks_are_unavailable_and
     """As redis-py does while a cluster is down. Any other error would end the task group."""
     causes: Counter[type] = Counter()
     is_cluster = not isinstance(client._client, Redis)
-    # What a cluster's client breaks with; a single one's names the loss.
+    # What a cluster's client breaks with, by the version of Python one or both; a single one's names the loss.
     wanted = {AttributeError, RuntimeError} if is_cluster else {redis_errors.ConnectionError}
     done = False
 
