@@ -20,6 +20,7 @@ from anyio.abc import TaskStatus
 from authd.config import Settings
 from authd.devices import DEVICE_TTL_S
 from authd.errors import Unavailable
+from authd.observe import metrics
 from authd.postgres.keys import Keys, Lives, NewKey, StoredKey
 from authd.tokens import (
     Algorithm,
@@ -128,6 +129,8 @@ class KeyKeeper:
             try:
                 await self.refresh(ring)
             except (Unavailable, SealedByAnotherSecret) as error:
+                if isinstance(error, Unavailable):
+                    metrics.unavailable.labels(error.part).inc()
                 _log.error("keys_not_read", cause=repr(error.__cause__ or error))
 
     def _is_due(self, purpose: str, stored: Sequence[StoredKey], now: datetime) -> bool:
