@@ -153,6 +153,7 @@ def _heads(size: int, token: str) -> Iterator[Abuse]:
     count = min(95, long // 8)
     lines = "".join(f"h{number}: {'x' * (long // count - 8)}\r\n" for number in range(count))
     yield Abuse("head: many headers", _raw("GET /livez", JSON, b"", lines))
+    yield Abuse("head: too many headers", _raw("GET /livez", JSON, b"", "a:\r\n" * (long // 4)))
     kinds = {"parameters": f"{JSON}" + ";a*=utf-8''%41" * (long // 14), "semicolons": JSON + ";" * long}
     kinds |= {"quotes": JSON + ';a="' + '\\"' * (long // 2)}
     for name, kind in kinds.items():

@@ -95,7 +95,8 @@ class ClockWatch:
         asked_at = self._clock()
         try:
             theirs = await ask()
-        except Unavailable:
+        except Unavailable as error:
+            metrics.unavailable.labels(error.part).inc()
             return None
         answered_at = self._clock()
         # The store read its clock somewhere between the two.

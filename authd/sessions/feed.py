@@ -13,6 +13,7 @@ from anyio.abc import TaskStatus
 
 from authd.config import BUCKETS
 from authd.errors import Unavailable
+from authd.infra.observe import metrics
 from authd.sessions.postgres import Revocation, Revocations
 from authd.sessions.redis import SessionStore
 from authd.tokens.mac import Subject
@@ -177,7 +178,8 @@ class RevocationFeed:
             try:
                 row = await self._revocations.record_sessions(job.subject, [job.session_id], job.reason)
                 break
-            except Unavailable:
+            except Unavailable as error:
+                metrics.unavailable.labels(error.part).inc()
                 user_id = job.subject.user_id
                 _log.warning("revocation_not_logged", user_id=user_id, reason=job.reason, retry_in_s=delay_s)
                 await anyio.sleep(delay_s)
@@ -192,6 +194,7 @@ class RevocationFeed:
         try:
             await self._apply_missing(job.bucket)
         except Unavailable as error:
+            metrics.unavailable.labels(error.part).inc()
             _log.warning("revocations_not_applied", bucket=job.bucket, part=error.part)
             job.finish(error)
         else:
@@ -234,7 +237,8 @@ class RevocationFeed:
             known = dict(self._heads)
             try:
                 heads = await self._revocations.heads()
-            except Unavailable:
+            except Unavailable as error:
+                metrics.unavailable.labels(error.part).inc()
                 _log.warning("revocation_heads_unknown")
                 continue
             self._learn_all(heads)
@@ -253,7 +257,8 @@ class RevocationFeed:
                     pass
                 while await self._revocations.delete_expired():
                     pass
-            except Unavailable:
+            except Unavailable as error:
+                metrics.unavailable.labels(error.part).inc()
                 _log.warning("revocations_not_cleaned")
 
     def _learn_all(self, heads: dict[int, int]) -> None:

@@ -20,6 +20,7 @@ from anyio.abc import TaskStatus
 from authd.config import Settings
 from authd.errors import Unavailable
 from authd.infra.clocks import Clock
+from authd.infra.observe import metrics
 from authd.tokens.access import InvalidToken
 from authd.tokens.device import DEVICE_TTL_S
 from authd.tokens.postgres import Keys, Lives, NewKey, StoredKey
@@ -119,6 +120,8 @@ class KeyKeeper:
             try:
                 await self.refresh(ring)
             except (Unavailable, SealedByAnotherSecret) as error:
+                if isinstance(error, Unavailable):
+                    metrics.unavailable.labels(error.part).inc()
                 _log.error("keys_not_read", cause=repr(error.__cause__ or error))
 
     def _is_due(self, purpose: str, stored: Sequence[StoredKey], now: datetime) -> bool:

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from service_process import Credentials, ServiceProcess, Services, assert_problem
 
+from authd.infra.http.reading import FORM_BYTES_MAX
 from authd.infra.text import MARKS_MAX
 from authd.passwords.formats import PASSWORD_INPUT_CHARS_MAX
 from authd.users.usernames import USERNAME_CHARS_MAX
@@ -21,6 +22,8 @@ NUMBERS = struct.Struct("qq")
 #: The highest settings, and as many code points of four bytes as go into each.
 BODY_BYTES_MAX, HEADER_BYTES_MAX = 1_048_576, 262_144
 BODY_CHARS, HEADER_CHARS, TARGET_CHARS = 250_000, 20_000, 600
+#: Beside the other fields of a form, which has a bound of its own.
+FORM_CHARS = (FORM_BYTES_MAX - 400) // 4
 USERNAME, PASSWORD = "ada@example.com", "correct horse battery"
 #: Each code point of a text is looked at a few times; email-validator looks at a window of 32 for each.
 LOOKS_MAX = 8
@@ -130,27 +133,30 @@ async def test_the_count_is_that_of_the_service(counted: ServiceProcess, counts:
 async def test_a_username(
     counted: ServiceProcess, counts: Counts, make: Callable[[int], str], length: int, form: str
 ) -> None:
-    username = form.format(make(length - len(form) + 2))
+    in_form, in_json = (
+        {"username": form.format(make(chars - len(form) + 2)), "password": PASSWORD}
+        for chars in (min(length, FORM_CHARS), length)
+    )
     allowed = USERNAME_MAX if length <= USERNAME_CHARS_MAX else 0
-    fields = {"username": username, "password": PASSWORD}
-    assert await looked_at(counted, counts, "POST", "/auth/login", **form_body(fields)) <= allowed
-    assert await looked_at(counted, counts, "POST", "/auth/register", **json_body(fields)) <= allowed
+    assert await looked_at(counted, counts, "POST", "/auth/login", **form_body(in_form)) <= allowed
+    assert await looked_at(counted, counts, "POST", "/auth/register", **json_body(in_json)) <= allowed
 
 
 @pytest.mark.parametrize("make", WORST.values(), ids=WORST)
 @pytest.mark.parametrize("length", [PASSWORD_INPUT_CHARS_MAX, BODY_CHARS])
 async def test_a_password(counted: ServiceProcess, counts: Counts, make: Callable[[int], str], length: int) -> None:
-    fields = {"username": USERNAME, "password": make(length)}
+    in_form, in_json = ({"username": USERNAME, "password": make(chars)} for chars in (min(length, FORM_CHARS), length))
     allowed = BESIDE_MAX + (PASSWORD_MAX if length <= PASSWORD_INPUT_CHARS_MAX else 0)
-    assert await looked_at(counted, counts, "POST", "/auth/login", **form_body(fields)) <= allowed
-    assert await looked_at(counted, counts, "POST", "/auth/register", **json_body(fields)) <= allowed
+    assert await looked_at(counted, counts, "POST", "/auth/login", **form_body(in_form)) <= allowed
+    assert await looked_at(counted, counts, "POST", "/auth/register", **json_body(in_json)) <= allowed
 
 
 @pytest.mark.parametrize("make", WORST.values(), ids=WORST)
 async def test_any_other_text_is_not_normalised(
     counted: ServiceProcess, counts: Counts, make: Callable[[int], str], access_token: str, client: Credentials
 ) -> None:
-    text, header, target = make(BODY_CHARS), make(HEADER_CHARS).encode(), quote(make(TARGET_CHARS))
+    text, form_text = make(BODY_CHARS), make(FORM_CHARS)
+    header, target = make(HEADER_CHARS).encode(), quote(make(TARGET_CHARS))
     bearer = {"Authorization": f"Bearer {access_token}"}
     basic = {"Authorization": b"Basic " + base64.b64encode(header + b":" + header)}
     login = {"username": USERNAME, "password": PASSWORD}
@@ -158,16 +164,16 @@ async def test_any_other_text_is_not_normalised(
         ("POST", "/auth/register", json_body(login | {"full_name": text})),
         ("POST", "/auth/refresh_token", json_body({"refresh_token": text})),
         ("POST", "/auth/logout", json_body({"scope": text}, **bearer)),
-        ("POST", "/auth/logout", form_body({"scope": text}, **bearer)),
+        ("POST", "/auth/logout", form_body({"scope": form_text}, **bearer)),
         ("POST", f"/auth/logout?scope={target}", {"headers": bearer}),
         ("DELETE", f"/auth/sessions/{target}", {"headers": bearer}),
         ("GET", "/auth/me", {"headers": {"Authorization": b"Bearer " + header}}),
         ("POST", "/auth/login", form_body(login, **{"X-Device-Token": header, "User-Agent": header})),
-        ("POST", "/auth/introspect", form_body({"token": text}, **basic)),
+        ("POST", "/auth/introspect", form_body({"token": form_text}, **basic)),
     ]
     more = ("scope", "client_id", "client_secret", "grant_type", "device_token", "other")
-    requests += [("POST", "/auth/login", form_body(login | {name: text})) for name in more]
-    clients = [{"client_id": text, "client_secret": "x"}, {"client_id": client[0], "client_secret": text}]
+    requests += [("POST", "/auth/login", form_body(login | {name: form_text})) for name in more]
+    clients = [{"client_id": form_text, "client_secret": "x"}, {"client_id": client[0], "client_secret": form_text}]
     paths = ("/auth/introspect", "/auth/revoke")
     requests += [("POST", path, form_body({"token": "x"} | fields)) for path in paths for fields in clients]
     for method, path, request in requests:
@@ -179,6 +185,6 @@ async def test_the_token_of_a_registered_client(counted: ServiceProcess, counts:
     async with counted.api() as api:
         for make in WORST.values():
             counts.read()
-            assert (await api.introspect(client, make(BODY_CHARS // 4))).json() == {"active": False}
-            assert (await api.revoke(client, make(BODY_CHARS // 4))).status_code == 200
+            assert (await api.introspect(client, make(FORM_CHARS // 3))).json() == {"active": False}
+            assert (await api.revoke(client, make(FORM_CHARS // 3))).status_code == 200
             assert counts.read()[0] == 0

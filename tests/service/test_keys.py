@@ -12,9 +12,11 @@ from typing import Any
 
 import anyio
 import pytest
+from prometheus_client import REGISTRY
 from service.world import JWT_SECRET, together, until
 
 from authd.config import Secret, Settings
+from authd.embedded import PostgresServer
 from authd.infra.postgres.database import Database, open_database
 from authd.tokens.access import InvalidToken, TokenMint, decode_base64url
 from authd.tokens.device import DEVICE_TTL_S
@@ -427,6 +429,31 @@ async def test_a_running_replica_that_cannot_open_a_key_goes_on_with_those_it_ha
 
         await until(reads_again)
         tree.cancel_scope.cancel()
+
+
+async def test_a_read_that_postgres_did_not_answer_is_counted_and_the_next_one_is_tried(
+    make_keeper: MakeKeeper, postgres_server: PostgresServer
+) -> None:
+    keeper = await make_keeper(key_publish_s=0.25, database_timeout_s=0.2)
+    ring = await keeper.load()
+    kids, before = published(ring), times_away()
+
+    async def is_counted_twice() -> bool:
+        return times_away() >= before + 2
+
+    async with anyio.create_task_group() as tree:
+        await tree.start(keeper.follow, ring)
+        await postgres_server.pause()
+        try:
+            await until(is_counted_twice)
+        finally:
+            await postgres_server.resume()
+        assert published(ring) == kids
+        tree.cancel_scope.cancel()
+
+
+def times_away() -> float:
+    return REGISTRY.get_sample_value("authd_unavailable_total", {"part": "user_store"}) or 0.0
 
 
 async def test_rows_cannot_be_swapped_for_one_another(keeper: KeyKeeper, database: Database) -> None:

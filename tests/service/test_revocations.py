@@ -8,6 +8,7 @@ import anyio
 import pytest
 from prometheus_client import REGISTRY
 from service.world import CLIENT, LOGGED, MakeWorld, ScriptCall, World, owner, together, until
+from structlog.testing import capture_logs
 
 from authd.config import BUCKETS
 from authd.embedded import PostgresServer
@@ -263,6 +264,36 @@ async def test_an_ending_that_redis_decided_is_logged_although_nobody_waits(
         return len(values) == len(ids) and {value[0] for value in values.values()} == {LOGGED}
 
     await until(is_applied)
+
+
+async def test_every_task_that_postgres_did_not_answer_is_counted(
+    make_world: MakeWorld, postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HEADS_INTERVAL_S", "JANITOR_INTERVAL_S"):
+        monkeypatch.setattr(f"authd.revocations.{name}", 0.01)
+    world = await make_world(database_timeout_s=0.2)
+    user = await world.register()
+    events = {"revocation_not_logged", "revocations_not_applied", "revocation_heads_unknown", "revocations_not_cleaned"}
+    with capture_logs() as logged:
+        before = times_away()
+        await postgres_server.pause()
+        try:
+            with anyio.move_on_after(0.1):
+                await world.feed.record(user.subject, [secrets.token_bytes(SESSION_ID_BYTES)], "evicted")
+            with pytest.raises(Unavailable):
+                await world.feed.applied(user.id % BUCKETS, 1)
+
+            async def has_logged_all() -> bool:
+                return events <= {line["event"] for line in logged}
+
+            await until(has_logged_all)
+            assert times_away() - before == sum(line["event"] in events for line in logged)
+        finally:
+            await postgres_server.resume()
+
+
+def times_away() -> float:
+    return REGISTRY.get_sample_value("authd_unavailable_total", {"part": "user_store"}) or 0.0
 
 
 async def test_a_redis_that_is_ahead_of_a_restored_postgres_misses_no_ending(make_world: MakeWorld) -> None:

@@ -22,6 +22,10 @@ def at(ahead_s: float | None) -> Callable[[], Awaitable[float]]:
     return ask
 
 
+def times_away() -> float:
+    return REGISTRY.get_sample_value("authd_unavailable_total", {"part": "user_store"}) or 0.0
+
+
 @pytest.mark.parametrize(
     ("postgres_s", "redis_s", "differ"),
     [
@@ -36,8 +40,10 @@ def at(ahead_s: float | None) -> Callable[[], Awaitable[float]]:
 async def test_a_store_that_differs_alone_ends_no_start(
     postgres_s: float | None, redis_s: float | None, differ: list[str]
 ) -> None:
+    before = times_away()
     skews = await ClockWatch(at(postgres_s), at(redis_s), BOUND_S, lambda: NOW).check()
     assert skews.beyond(BOUND_S) == differ
+    assert times_away() - before == [postgres_s, redis_s].count(None)
 
 
 @pytest.mark.parametrize(("postgres_s", "redis_s"), [(3600, 3600), (-5.1, -5.2), (6, -6)])

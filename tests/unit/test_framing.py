@@ -5,9 +5,10 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from authd.infra.http.server.framing import Framing, FramingError
+from authd.infra.http.server.framing import CHUNKS_MAX, Framing, FramingError
 
 HEAD_BYTES_MAX = 200
+HEADERS_MAX = 5
 PIECES = [
     *(b"GET / HTTP/1.1\r\n", b"get / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\n", b"\r\n", b"\n", b"\r", b" ", b"\t", b"\0"),
     *(
@@ -23,7 +24,7 @@ PIECES = [
 
 def read(parts: list[bytes]) -> tuple[list[bytes], bytes, str]:
     """The complete requests, what there is of the next one, and the code of the refusal."""
-    framing = Framing(HEAD_BYTES_MAX)
+    framing = Framing(HEAD_BYTES_MAX, HEADERS_MAX)
     requests: list[bytes] = []
     present = b""
     try:
@@ -81,3 +82,10 @@ def test_requests_are_what_was_sent_but_for_empty_lines_between_them(stream: tup
             place += 2
         assert whole.startswith(request, place)
         place += len(request)
+
+
+def test_a_body_has_a_bounded_number_of_chunks() -> None:
+    head = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    at_bound = head + b"1\r\nx\r\n" * CHUNKS_MAX + b"0\r\n\r\n"
+    assert read([at_bound * 2]) == ([at_bound] * 2, b"", "")
+    assert read([head + b"1\r\nx\r\n" * CHUNKS_MAX + b"1\r\n"])[2] == "body_too_large"

@@ -17,7 +17,7 @@ from authd.config import Settings
 from authd.infra.http.app import App
 from authd.infra.http.reading import json_response
 from authd.infra.http.server.framing import CHUNK_LINE_BYTES_MAX, EMPTY_LINES_MAX, TRAILERS_BYTES_MAX
-from authd.infra.http.server.protocol import Http1
+from authd.infra.http.server.protocol import PARTS_PER_TURN, Http1
 from authd.infra.http.server.server import make_config
 
 WITHIN_S = 5.0
@@ -287,6 +287,36 @@ async def test_a_path_is_found_in_no_spelling_that_a_proxy_reads_otherwise(
     async with connect() as peer:
         await peer.send(HEAD.replace(b"/echo", path.encode()) + b"\r\n")
         assert [status for status, _ in await peer.answers(1)] == [status]
+
+
+async def test_a_body_in_many_chunks_lets_all_others_have_their_turns(connect: Connect) -> None:
+    chunks, turns = 1000, 0
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            await anyio.lowlevel.checkpoint()
+            turns += 1
+
+    async with connect() as peer, anyio.create_task_group() as others:
+        others.start_soon(take_turns)
+        await peer.send(CHUNKED + b"1\r\nx\r\n" * chunks + b"0\r\n\r\n")
+        assert turns >= 2 * chunks // PARTS_PER_TURN - 1
+        others.cancel_scope.cancel()
+        assert await peer.answers(1) == [(200, json.dumps({"body": "x" * chunks}, separators=(",", ":")).encode())]
+
+
+async def test_header_fields_are_counted_before_they_are_parsed(
+    connect: Connect, make_settings: Callable[..., Settings]
+) -> None:
+    fields = make_settings().headers_max
+    async with connect() as peer:
+        await peer.send(HEAD + b"X: y\r\n" * (fields - 1) + b"\r\n")
+        assert await peer.answers(1) == [(200, b'{"query":""}')]
+        # A parser would find that the last of them is none.
+        await peer.send(HEAD + b"X: y\r\n" * (fields - 1) + b": y\r\n\r\n")
+        [_, (status, body)] = await peer.closed()
+        assert (status, code_of(body)) == (431, "headers_too_large")
 
 
 # What is answered

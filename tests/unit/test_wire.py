@@ -16,6 +16,7 @@ from authd.errors import Unavailable
 from authd.infra.http.app import App
 from authd.infra.http.reading import (
     CONTENT_TYPE_CHARS_MAX,
+    FORM_BYTES_MAX,
     FORM_FIELDS_MAX,
     RefreshRequest,
     RegisterRequest,
@@ -30,7 +31,7 @@ FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 BODY_BYTES_MAX = 4096
 
 
-def make_app(make_settings) -> App:
+def make_app(make_settings, body_bytes_max: int = BODY_BYTES_MAX) -> App:
     """Endpoints that say what they read."""
     routes = Blueprint("wire", __name__)
 
@@ -63,7 +64,7 @@ def make_app(make_settings) -> App:
     async def be_a_teapot() -> Response:
         abort(418)
 
-    settings = make_settings(body_max_bytes=BODY_BYTES_MAX, request_timeout_s=0.2, hash_deadline_s=0.1)
+    settings = make_settings(body_max_bytes=body_bytes_max, request_timeout_s=0.2, hash_deadline_s=0.1)
     return App(settings, [routes])
 
 
@@ -270,7 +271,25 @@ async def test_requests_that_are_ended_answer_at_once_as_the_drain_needs(app: Ap
     assert not app.inflight
 
 
-# What a stranger's header may cost
+# What a stranger's form or header may cost
+
+
+@pytest.fixture
+def client_of_large_bodies(make_settings) -> Client:
+    return make_app(make_settings, 2 * FORM_BYTES_MAX).test_client()
+
+
+async def test_a_form_is_bounded_whatever_a_body_may_have_and_before_it_is_parsed(
+    client_of_large_bodies: Client,
+) -> None:
+    client = client_of_large_bodies
+    start = b"username=a&password="
+    at_bound = start + b"x" * (FORM_BYTES_MAX - len(start))
+    assert (await client.post("/form", data=at_bound, headers=FORM)).status_code == 200
+    for path in ("/form", "/scope"):
+        for body in (at_bound + b"x", b"\xff" * (FORM_BYTES_MAX + 1)):
+            response = await client.post(path, data=body, headers=FORM)
+            assert (response.status_code, (await problem_of(response))["code"]) == (413, "body_too_large")
 
 
 @pytest.fixture

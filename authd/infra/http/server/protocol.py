@@ -20,15 +20,20 @@ from hypercorn.typing import ConnectionState, HTTPScope
 from authd.infra.http.app import App
 from authd.infra.http.problems import PROBLEMS, problem_body, problem_headers
 from authd.infra.http.server.exchange import Exchange, Headers
-from authd.infra.http.server.framing import Framing, FramingError
+from authd.infra.http.server.framing import CHUNKS_MAX, Framing, FramingError
 from authd.infra.observe import metrics
 
 #: RFC 9110, 4.1 asks for 8,000 at least.
 TARGET_BYTES_MAX = 8000
 
+#: What is parsed of one connection before all others have their turn. A body in chunks of one byte has two parts for
+#: each, and a part costs the parser as much when it is small.
+PARTS_PER_TURN = 16
+
 #: What the parser found, by the status that it proposes.
 _PARSER_CODES = {431: "headers_too_large", 501: "transfer_coding_unknown"}
 _DETAILS = {
+    "body_too_large": f"The body comes in more than {CHUNKS_MAX} chunks.",
     "bad_http": "The request is not HTTP/1.1 as RFC 9112 has it.",
     "headers_too_large": "The header fields are too many or too long.",
     "target_too_long": f"The request target is longer than {TARGET_BYTES_MAX} bytes.",
@@ -55,8 +60,7 @@ class Http1(H11Protocol):
         )
         self._app = app
         self._tasks = tasks
-        self._headers_max = headers_max
-        self._framing = Framing(config.h11_max_incomplete_size)
+        self._framing = Framing(config.h11_max_incomplete_size, headers_max)
         self._sends_body = True
         self._head = b""
 
@@ -87,6 +91,7 @@ class Http1(H11Protocol):
 
         :raises FramingError, h11.RemoteProtocolError:
         """
+        parts = 0
         while not self._framing.has_more or await self._next_request():
             data = self._framing.take()
             if not data:
@@ -94,6 +99,9 @@ class Http1(H11Protocol):
             self.connection.receive_data(data)
             while await self._handle_event(self.connection.next_event()):
                 pass
+            parts += 1
+            if parts % PARTS_PER_TURN == 0:
+                await asyncio.sleep(0)
 
     async def _handle_event(self, event: Any) -> bool:
         """Whether the parser may have more: to ask it in vain costs as much as any event."""
@@ -174,8 +182,6 @@ class Http1(H11Protocol):
         if request.http_version not in (b"1.0", b"1.1"):
             return "http_version_unknown"
         headers = request.headers.raw_items()  # a list, which h11's own headers are not: they cost more to walk
-        if len(headers) > self._headers_max:
-            return "headers_too_large"
         if len(request.target) > TARGET_BYTES_MAX:
             return "target_too_long"
         names = {name.lower() for name, _ in headers}
