@@ -5,8 +5,10 @@ Who may import whom is in pyproject.toml, for import-linter.
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -213,6 +215,26 @@ def test_a_document_names_no_setting_that_does_not_exist(document: str) -> None:
 def test_links_of_a_document_lead_somewhere(document: str) -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / document).read_text("utf-8"))
     assert [target for target in targets if not ((ROOT / document).parent / target).exists()] == []
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/architecture.md", "docs/login-defence.md", "docs/operations.md"]
+)
+def test_a_document_names_no_file_that_does_not_exist(document: str) -> None:
+    named = set(re.findall(r"`((?:\w+/)+\w+\.\w+)`", (ROOT / document).read_text("utf-8")))
+    assert [path for path in sorted(named) if not (HOUSE / path).exists() and not (ROOT / path).exists()] == []
+
+
+def test_the_picture_of_the_architecture_is_the_order_of_imports() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    [layers] = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    boxes = [" & ".join(name.strip() for name in layer.split("|")) for layer in layers]
+    [picture] = re.findall(
+        r"```mermaid\nflowchart TD\n(.*?)```", (ROOT / "docs/architecture.md").read_text("utf-8"), re.S
+    )
+    arrows = [line.strip() for line in picture.splitlines()]
+    assert arrows == [f"{upper} --> {lower}" for upper, lower in pairwise(boxes)]
+    assert len(arrows) > 5
 
 
 def test_the_readme_has_every_file_of_the_house() -> None:
