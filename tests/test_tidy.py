@@ -210,11 +210,21 @@ def test_a_document_names_no_setting_that_does_not_exist(document: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CHANGELOG.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
+    "document",
+    ["README.md", "CHANGELOG.md", "SECURITY.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))],
 )
 def test_links_of_a_document_lead_somewhere(document: str) -> None:
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / document).read_text("utf-8"))
-    assert [target for target in targets if not ((ROOT / document).parent / target).exists()] == []
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", (ROOT / document).read_text("utf-8"))
+    for target, heading in links:
+        file = (ROOT / document).parent / target if target else ROOT / document
+        assert file.exists(), target
+        assert not heading or heading in anchors_of(file), f"{target}#{heading}"
+
+
+def anchors_of(file: Path) -> set[str]:
+    """Return the anchors that GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.*)$", file.read_text("utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize(
