@@ -26,6 +26,7 @@ import asyncpg
 import httpx
 import psutil
 import pytest
+from lock_order import watch_lock_order
 from redis.asyncio import Redis
 
 from authd.config import parse_settings, read_values
@@ -405,6 +406,7 @@ async def make_template(postgres: PostgresServer, redis: RedisServer) -> str:
     template = f"e2e-template-{uuid.uuid4().hex[:16]}"
     url = await postgres.create_database(template)
     await migrate(parse_settings({"AUTHD_DATABASE_URL": url, "AUTHD_REDIS_URL": redis.url, "AUTHD_SECRET": "s" * 32}))
+    await watch_lock_order(url)
     return template
 
 

@@ -1,11 +1,14 @@
-"""The rules of the house that no linter knows: who may import whom, how long things get, and that the documents tell
-of every setting, metric and log event that there is.
+"""Project rules that no linter knows: sizes, and documents that must match the code.
+
+Who may import whom is in pyproject.toml, for import-linter.
 """
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -20,10 +23,13 @@ ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "authd"
 FILE_LINES_MAX = 400
 FUNCTION_LINES_MAX = 70
+NESTING_MAX = 4
+PARAMETERS_MAX = 8
 
 #: Settings that nothing reads yet. The list may only get shorter.
 UNREAD_SETTINGS: set[str] = set()
 
+BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.Match)
 LOG_METHODS = {"debug", "info", "warning", "error", "exception", "critical"}
 METRIC_SUFFIXES = ("_bucket", "_sum", "_count")
 
@@ -31,6 +37,13 @@ METRIC_SUFFIXES = ("_bucket", "_sum", "_count")
 @cache
 def tree_of(file: Path) -> ast.Module:
     return ast.parse(file.read_text("utf-8"), str(file))
+
+
+def functions_of(folder: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{file.relative_to(ROOT)}:{node.name}", node
 
 
 def house_files() -> list[Path]:
@@ -54,14 +67,34 @@ def test_no_file_is_too_long(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", ["authd", "load", "tests"])
 def test_no_function_is_too_long(folder: str) -> None:
-    long = {}
-    for file in (ROOT / folder).rglob("*.py"):
-        for node in ast.walk(tree_of(file)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                length = (node.end_lineno or 0) - node.lineno + 1
-                if length > FUNCTION_LINES_MAX:
-                    long[f"{file.relative_to(ROOT)}:{node.name}"] = length
-    assert long == {}
+    lines = {name: (node.end_lineno or 0) - node.lineno + 1 for name, node in functions_of(folder)}
+    assert {name: count for name, count in lines.items() if count > FUNCTION_LINES_MAX} == {}
+
+
+def nesting_of(node: ast.AST) -> int:
+    """Return how many blocks are inside one another. An `elif` is beside its `if`; a function inside counts alone."""
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        is_elif = isinstance(node, ast.If) and isinstance(child, ast.If) and node.orelse == [child]
+        deepest = max(deepest, nesting_of(child) + (isinstance(child, BLOCKS) and not is_elif))
+    return deepest
+
+
+def test_no_function_nests_too_deep() -> None:
+    depths = {name: nesting_of(node) for name, node in functions_of("authd")}
+    assert {name: depth for name, depth in depths.items() if depth > NESTING_MAX} == {}
+    assert max(depths.values()) > 1
+
+
+@pytest.mark.parametrize("folder", ["authd", "load"])
+def test_no_function_has_too_many_parameters(folder: str) -> None:
+    counts = {}
+    for name, node in functions_of(folder):
+        parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        counts[name] = len([parameter for parameter in parameters if parameter.arg not in ("self", "cls")])
+    assert {name: count for name, count in counts.items() if count > PARAMETERS_MAX} == {}
 
 
 def written_files() -> Iterator[Path]:
@@ -177,11 +210,41 @@ def test_a_document_names_no_setting_that_does_not_exist(document: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CHANGELOG.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
+    "document",
+    ["README.md", "CHANGELOG.md", "SECURITY.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))],
 )
 def test_links_of_a_document_lead_somewhere(document: str) -> None:
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / document).read_text("utf-8"))
-    assert [target for target in targets if not ((ROOT / document).parent / target).exists()] == []
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", (ROOT / document).read_text("utf-8"))
+    for target, heading in links:
+        file = (ROOT / document).parent / target if target else ROOT / document
+        assert file.exists(), target
+        assert not heading or heading in anchors_of(file), f"{target}#{heading}"
+
+
+def anchors_of(file: Path) -> set[str]:
+    """Return the anchors that GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.*)$", file.read_text("utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/architecture.md", "docs/login-defence.md", "docs/operations.md"]
+)
+def test_a_document_names_no_file_that_does_not_exist(document: str) -> None:
+    named = set(re.findall(r"`((?:\w+/)+\w+\.\w+)`", (ROOT / document).read_text("utf-8")))
+    assert [path for path in sorted(named) if not (HOUSE / path).exists() and not (ROOT / path).exists()] == []
+
+
+def test_the_picture_of_the_architecture_is_the_order_of_imports() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    [layers] = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    boxes = [" & ".join(name.strip() for name in layer.split("|")) for layer in layers]
+    [picture] = re.findall(
+        r"```mermaid\nflowchart TD\n(.*?)```", (ROOT / "docs/architecture.md").read_text("utf-8"), re.S
+    )
+    arrows = [line.strip() for line in picture.splitlines()]
+    assert arrows == [f"{upper} --> {lower}" for upper, lower in pairwise(boxes)]
+    assert len(arrows) > 5
 
 
 def test_the_readme_has_every_file_of_the_house() -> None:

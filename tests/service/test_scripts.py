@@ -22,7 +22,7 @@ from authd.tokens.refresh import SESSION_ID_BYTES
 AUTHD = Path(str(files("authd")))
 PATHS = {path.stem: path for path in AUTHD.rglob("*.lua")}
 SCRIPTS = {name: path.read_text() for name, path in PATHS.items()}
-QUERIES = {path for path in AUTHD.rglob("*.sql") if path.parent.name != "migrations"}
+QUERIES = {path for path in AUTHD.rglob("*.sql") if path.parent.name != "migrations" and path.name != "schema.sql"}
 INCLUDE = re.compile(r"^-- include: (?:[\w/]+/)?(\w+)$", re.MULTILINE)
 INCLUDED = {name for text in SCRIPTS.values() for name in INCLUDE.findall(text)}
 #: In a header, two spaces stand before each number.

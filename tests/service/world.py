@@ -15,6 +15,7 @@ import anyio
 import msgspec
 import pytest
 from blockbuster import BlockBuster
+from lock_order import watch_lock_order
 from redis.asyncio import Redis, RedisCluster
 from redis.commands.core import AsyncScript
 
@@ -392,6 +393,7 @@ async def database_template(postgres_server: PostgresServer) -> str:
     name = "world_template"
     url = client_url(await postgres_server.create_database(name))
     await migrate(Settings(database_url=Secret(url), redis_url=Secret("-"), secret=Secret("-")))
+    await watch_lock_order(url)
     return name
 
 

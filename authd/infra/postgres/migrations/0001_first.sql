@@ -1,9 +1,10 @@
+-- expand
 -- Users, the revocation log, the key ring and the outbox.
 
 CREATE TABLE users (
     id            bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     username      text NOT NULL,
-    -- The one form of an e-mail: see authd.accounts.username_key.
+    -- The one form of an e-mail: see authd.users.usernames.username_key.
     username_key  text NOT NULL UNIQUE,
     full_name     text NOT NULL,
     password_hash text NOT NULL,

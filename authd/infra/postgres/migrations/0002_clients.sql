@@ -1,3 +1,4 @@
+-- expand
 -- The services that may ask about tokens and revoke them.
 
 CREATE TABLE clients (

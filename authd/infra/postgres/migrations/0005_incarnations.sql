@@ -1,3 +1,4 @@
+-- contract: no row of the log can be added without an incarnation, so no older authd can end a session.
 -- An id may be given twice after a restore or a failover of Postgres. What tokens and Redis hold of a user therefore
 -- names its incarnation too, which is drawn for each row. A function that is volatile fills the rows of before one by one.
 
