@@ -96,7 +96,7 @@ async def test_a_second_signal_ends_at_once(services: Services) -> None:
             process.signal()
             await eventually(lambda: process.lines("stopping"))
             process.signal()
-            assert await process.wait(2) == 1
+            assert await process.wait(5) == 1
         assert len(cut) >= 1
         assert process.lines("stopped_at_once")
 
