@@ -79,20 +79,25 @@ async def test_idle_and_half_sent_connections_hold_up_no_stop(services: Services
 
 async def test_a_second_signal_ends_at_once(services: Services) -> None:
     settings = {"AUTHD_BCRYPT_COST": SLOWEST_COST, "AUTHD_HASH_THREADS": "1", "AUTHD_HASH_DEADLINE_S": "14"}
+    cut: set[str] = set()
     async with services.running(**settings) as process, process.api() as api:
 
         async def login(name: str) -> None:
-            with pytest.raises(httpx.TransportError):
+            try:
                 await api.login(name, PASSWORD)
+            except httpx.TransportError:
+                cut.add(name)
 
         async with anyio.create_task_group() as group:
-            group.start_soon(login, "one@example.com")
-            group.start_soon(login, "two@example.com")
+            # The first may be answered by the time of the second signal, and on a busy machine the second, too.
+            for number in range(4):
+                group.start_soon(login, f"{number}@example.com")
             await until_a_login_waits(process)
             process.signal()
             await eventually(lambda: process.lines("stopping"))
             process.signal()
-            assert await process.wait(2) == 1
+            assert await process.wait(5) == 1
+        assert len(cut) >= 1
         assert process.lines("stopped_at_once")
 
 
