@@ -18,8 +18,9 @@ from authd.config import Settings
 from authd.errors import Unavailable
 from authd.events.contract import Event
 from authd.events.postgres import LANE_ROWS, Lane, Outbox, OutboxRow
-from authd.infra.kafka.producer import END_TIMEOUT_S, Backoff, BrokerAway, Producer, RecordRefused, TopicUnusable
+from authd.infra.kafka.producer import END_TIMEOUT_S, BrokerAway, Producer, RecordRefused, TopicUnusable
 from authd.infra.observe import metrics
+from authd.infra.tasks.backoff import Backoff
 
 #: Also the longest time that an event waits for a lane that another replica held when it was offered.
 SWEEP_S = 2.0
