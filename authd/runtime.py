@@ -1,55 +1,42 @@
-"""Builds every object and owns the task tree. Read this first.
+"""Owns the task tree of a replica. Read this first.
 
-The nesting of `run` is the order of start, and, read from the inside out, the order of shutdown: whoever feeds stops
-before whoever drains. Expected trouble is handled inside each task; anything else escapes, cancels the tree and ends
-the process with an error: starting again is the orchestrator's work.
+`_tasks` is the order of the start and, read backwards, of the shutdown: what feeds stops before what drains. Expected
+trouble is handled inside each task; anything else escapes, cancels the tree and ends the process with an error:
+starting again is the orchestrator's work.
 """
 
 import gc
 import os
 import signal
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Any
 
 import anyio
 import structlog
 
-from authd.accounts.registration import Accounts
+from authd.assembly.app import build_app, build_operations_app
+from authd.assembly.postgres import PostgresStores
+from authd.assembly.redis import RedisStores
+from authd.assembly.services import Services
 from authd.config import Settings
 from authd.errors import Unavailable
-from authd.events.publisher import FLUSH_S, OutboxWatch, Publisher
-from authd.infra.clocks import ClockWatch, WrongClock
-from authd.infra.http.app import App
-from authd.infra.http.openapi import make_openapi
+from authd.events.publisher import FLUSH_S
+from authd.infra.clocks import ClockWatch
 from authd.infra.http.server.listening import Listeners
 from authd.infra.http.server.server import HttpServer
-from authd.infra.kafka.producer import Producer
-from authd.infra.observe.health import Health
-from authd.infra.observe.http import make_inner_operations, make_operations
 from authd.infra.observe.logs import flush_logs
 from authd.infra.postgres.database import Database, open_database
-from authd.infra.postgres.migrate import MIGRATION_ERRORS, NOT_READY, migrate
+from authd.infra.postgres.migrate import NOT_READY, migrate
 from authd.infra.redis.client import RedisClient, open_redis
-from authd.login.http import make_credentials
-from authd.login.password import PasswordCheck
-from authd.oauth.clients import ClientRegistry
-from authd.oauth.http import make_oauth
-from authd.oauth.introspection import TokenDesk
-from authd.passwords.hasher import Hasher
-from authd.sessions.feed import RevocationFeed
-from authd.sessions.relay import EventRelay
-from authd.sessions.sessions import Sessions
-from authd.stores import PostgresStores, RedisStores
-from authd.tokens.access import TokenMint
-from authd.tokens.device import DeviceMint
-from authd.tokens.keeper import KeyKeeper, SealedByAnotherSecret
+from authd.infra.tasks.backoff import Backoff
+from authd.infra.tasks.running import Drain, Run, running
+from authd.tokens.keeper import KeyKeeper
 
 #: Time after all deadlines of a shutdown at which the process ends without ceremony.
 LAST_RESORT_S = 10.0
-START_RETRY_MAX_S = 2.0
+START_RETRY_FIRST_S, START_RETRY_MAX_S = 0.1, 2.0
 #: Connections at `AUTHD_OPERATIONS_BIND`, a worker: probes and scrapers are few.
 OPERATIONS_CONNECTIONS_MAX = 64
 #: How long a shutdown waits for what runs there: nothing that takes longer.
@@ -57,9 +44,6 @@ OPERATIONS_DRAIN_S = 1.0
 #: New objects between two collections: Python's 700 are those of a request or two, and more than this take long enough
 #: to be seen by who waits meanwhile.
 GC_OBJECTS = 5_000
-
-#: What ends a start with a sentence and not with a traceback.
-START_ERRORS = (*MIGRATION_ERRORS, SealedByAnotherSecret, WrongClock)
 
 _log = structlog.get_logger()
 
@@ -88,60 +72,15 @@ async def _serve(
     stop: anyio.Event,
     on_ready: Callable[[], None] | None,
 ) -> None:
-    remembered = PostgresStores(settings, database)
-    keeper = KeyKeeper(settings, remembered.keys)
+    postgres = PostgresStores(settings, database)
+    keeper = KeyKeeper(settings, postgres.keys)
     ring = await keeper.load()
-    decided = RedisStores(settings, redis, ring.digest_key())
-    mint = TokenMint(settings, ring)
-    hasher = Hasher(settings)
-    producer = Producer(settings) if settings.kafka_bootstrap_servers else None
-    publisher = Publisher(settings, remembered.outbox, producer) if producer is not None else None
-    outbox = OutboxWatch(settings, remembered.outbox)
-
-    def offer_lane(lane: int) -> None:
-        if publisher is not None:
-            publisher.offer(lane)
-
-    feed = RevocationFeed(remembered.revocations, decided.sessions, offer_lane)
-    relay = EventRelay(decided.streams, remembered.relay, remembered.events, feed, offer_lane)
-    passwords = PasswordCheck(settings, remembered.users, decided.throttle, hasher, DeviceMint(ring))
-    sessions = Sessions(
-        mint,
-        remembered.users,
-        remembered.revocations,
-        decided.sessions,
-        decided.user_cache,
-        passwords,
-        feed,
-        relay.offer,
-    )
-    health = Health(
-        {"user_store": database.ping, "session_store": redis.ping},
-        events=lambda: producer is not None and producer.connected and not outbox.is_late,
-        oldest_s=lambda: outbox.oldest_s,
-    )
-    accounts = Accounts(remembered.users, hasher, decided.throttle, offer_lane)
-    app = App(
-        settings,
-        [
-            make_credentials(settings, accounts, sessions),
-            make_oauth(settings, ClientRegistry(remembered.clients), TokenDesk(mint, sessions)),
-            make_operations(settings, health, ring),
-            make_openapi(settings),
-        ],
-    )
+    services = Services(settings, postgres, RedisStores(settings, redis), ring)
     _log.info("trusted_proxies", networks=[str(network) for network in settings.trusted_proxies])
     async with AsyncExitStack() as tree:
-        await tree.enter_async_context(running(partial(keeper.follow, ring)))
-        await tree.enter_async_context(running(feed.run))
-        await tree.enter_async_context(running(outbox.run))
-        if producer is not None and publisher is not None:
-            await tree.enter_async_context(running(producer.run))
-            await tree.enter_async_context(running(publisher.run, last=publisher.drain))
-        await tree.enter_async_context(running(relay.run, last=relay.drain))
-        await tree.enter_async_context(running(health.run))
-        await tree.enter_async_context(running(hasher.run))
-        await tree.enter_async_context(_serving(app, listeners, settings, health))
+        for run, drain in _tasks(services, partial(keeper.follow, ring)):
+            await tree.enter_async_context(running(run, drain=drain))
+        await tree.enter_async_context(_serving(services, listeners))
         # What is built by now stays: the collector need not look at it again, nor after every few requests.
         gc.freeze()
         gc.set_threshold(GC_OBJECTS)
@@ -152,32 +91,34 @@ async def _serve(
         _log.info("stopping")
 
 
-@asynccontextmanager
-async def running(
-    task: Callable[..., Coroutine[Any, Any, None]], *, last: Callable[[], Awaitable[None]] | None = None
-) -> AsyncGenerator[None, None]:
-    """A task that is ready before the body runs and is cancelled after it, and after `last`."""
-    async with anyio.create_task_group() as group:
-        await group.start(task)
-        yield
-        if last is not None:
-            await last()
-        group.cancel_scope.cancel()
+def _tasks(services: Services, follow_keys: Run) -> Iterator[tuple[Run, Drain | None]]:
+    """The tasks of a replica in the order of their start, each with what ends its work when those after it are gone."""
+    yield follow_keys, None
+    yield services.feed.run, None
+    yield services.outbox_watch.run, None
+    if services.producer is not None and services.publisher is not None:
+        yield services.producer.run, None
+        yield services.publisher.run, services.publisher.drain
+    yield services.relay.run, services.relay.drain
+    yield services.health.run, None
+    yield services.hasher.run, None
 
 
 @asynccontextmanager
-async def _serving(app: App, listeners: Listeners, settings: Settings, health: Health) -> AsyncGenerator[None, None]:
+async def _serving(services: Services, listeners: Listeners) -> AsyncGenerator[None, None]:
+    settings = services.settings
+    app = build_app(services)
     apps = [app]
     async with AsyncExitStack() as servers:
         if listeners.operations is not None:  # it stops last, to tell of the drain
-            inner = App(settings, [make_inner_operations(health)])
+            inner = build_operations_app(services)
             apps.append(inner)
             server = HttpServer(inner, settings, connections_max=OPERATIONS_CONNECTIONS_MAX, drain_s=OPERATIONS_DRAIN_S)
             await servers.enter_async_context(server.serving(listeners.operations))
         server = HttpServer(app, settings, connections_max=settings.connections_per_worker, drain_s=settings.drain_s)
         await servers.enter_async_context(server.serving(listeners.public))
         yield
-        health.is_draining = True
+        services.health.is_draining = True
         for each in apps:
             each.is_draining = True
         # The balancer sees /readyz and sends nobody else; who comes meanwhile is answered, and told to leave.
@@ -206,7 +147,7 @@ def _exit(status: int) -> None:
 
 async def _wait_for_postgres(settings: Settings) -> None:
     """Migrate; while Postgres is away try again, for as long as `start_timeout_s`."""
-    delay_s = 0.1
+    backoff = Backoff(START_RETRY_FIRST_S, START_RETRY_MAX_S)
     deadline = anyio.current_time() + settings.start_timeout_s
     while True:
         try:
@@ -214,8 +155,8 @@ async def _wait_for_postgres(settings: Settings) -> None:
                 _log.info("migrated", migration=name)
             return
         except NOT_READY as error:
+            delay_s = backoff.next_s()
             if anyio.current_time() + delay_s > deadline:
                 raise Unavailable("user_store") from error
-            _log.warning("postgres_away", cause=repr(error), retry_in_s=delay_s)
+            _log.warning("postgres_away", cause=repr(error), retry_in_s=round(delay_s, 3))
         await anyio.sleep(delay_s)
-        delay_s = min(2 * delay_s, START_RETRY_MAX_S)

@@ -319,6 +319,11 @@ def log_events() -> dict[str, str]:
             if owner == "_log" and method in LOG_METHODS:
                 assert isinstance(node.args[0], ast.Constant), f"{file}:{node.lineno}: an event's name is a constant"
                 found[node.args[0].value] = "error" if method == "exception" else method
+            elif any(
+                keyword.arg == "event" and isinstance(node.args[0], ast.Name | ast.Attribute)
+                for keyword in node.keywords
+            ) and "every" in (method, getattr(node.args[0], "id", "")):
+                found |= {keyword.value.value: "warning" for keyword in node.keywords if keyword.arg == "event"}
             elif method == "log" and not owner:
                 for text in (part for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)):
                     if isinstance(text.value, str):

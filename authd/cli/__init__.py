@@ -1,1 +1,1 @@
-"""The commands: serve, dev, migrate, check, and those that look at a deployment or change it."""
+"""The commands: one module for each, and `main`, which imports only the one that was asked for."""

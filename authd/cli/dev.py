@@ -1,17 +1,25 @@
 """`authd dev`: the service with its own Postgres, Redis and Kafka, whose data stay in a folder between runs."""
 
+import argparse
 import os
 import secrets
-import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import anyio
+
 from authd import runtime
+from authd.cli.terminal import say
 from authd.config import ConfigError, parse_settings, read_values
 from authd.infra.http.server.listening import open_listeners
 from authd.infra.observe.logs import start_logs
 
 DEV_BIND = "127.0.0.1:8000"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, default=Path(".authd-dev"), help="the folder (default: .authd-dev)")
+    parser.set_defaults(command=lambda options: anyio.run(run_dev, options.data, backend_options={"use_uvloop": True}))
 
 
 async def run_dev(folder: Path) -> int:
@@ -26,26 +34,26 @@ async def run_dev(folder: Path) -> int:
     async with AsyncExitStack() as stores:
         try:
             if "AUTHD_DATABASE_URL" not in chosen:
-                _say("Starting Postgres.")
+                say("Starting Postgres.")
                 postgres = await stores.enter_async_context(PostgresServer(folder / "postgres"))
                 values["AUTHD_DATABASE_URL"] = postgres.url
             if "AUTHD_REDIS_URL" not in chosen:
-                _say("Starting Redis.")
+                say("Starting Redis.")
                 redis = await stores.enter_async_context(RedisServer(folder / "redis"))
                 values["AUTHD_REDIS_URL"] = redis.url
         except StoreError as error:
             raise ConfigError(str(error)) from None
         if "AUTHD_KAFKA_BOOTSTRAP_SERVERS" not in chosen:
             try:
-                _say("Starting Kafka (the first time it is downloaded, 43 MB).")
+                say("Starting Kafka (the first time it is downloaded, 43 MB).")
                 broker = await stores.enter_async_context(KafkaBroker(folder / "kafka", await fetch_libs()))
                 values["AUTHD_KAFKA_BOOTSTRAP_SERVERS"] = broker.bootstrap_servers
             except StoreError as error:
-                _say(f"No Kafka: {error}. Events wait in the outbox.")
+                say(f"No Kafka: {error}. Events wait in the outbox.")
         settings = parse_settings(values | chosen)
         start_logs(settings)
         listeners = open_listeners(settings)
-        await runtime.run(settings, listeners, on_ready=lambda: _say(_WHAT_TO_TRY.format(settings.bind)))
+        await runtime.run(settings, listeners, on_ready=lambda: say(_WHAT_TO_TRY.format(settings.bind)))
     return 0
 
 
@@ -72,7 +80,3 @@ def _kept_secret(folder: Path) -> str:
     with os.fdopen(descriptor, "w") as opened:
         opened.write(secret)
     return secret
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stdout, flush=True)  # noqa: T201

@@ -4,8 +4,7 @@ What waits is in the outbox and nowhere else; this process only remembers which 
 cancelled or the process killed at any point: an event is then sent later, or twice.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import anyio
@@ -18,8 +17,11 @@ from authd.config import Settings
 from authd.errors import Unavailable
 from authd.events.contract import Event
 from authd.events.postgres import LANE_ROWS, Lane, Outbox, OutboxRow
-from authd.infra.kafka.producer import END_TIMEOUT_S, Backoff, BrokerAway, Producer, RecordRefused, TopicUnusable
+from authd.infra.kafka.producer import END_TIMEOUT_S, BrokerAway, Producer, RecordRefused, TopicUnusable
 from authd.infra.observe import metrics
+from authd.infra.tasks.backoff import Backoff
+from authd.infra.tasks.every import every
+from authd.infra.tasks.work_set import WorkSet
 
 #: Also the longest time that an event waits for a lane that another replica held when it was offered.
 SWEEP_S = 2.0
@@ -76,12 +78,7 @@ class Publisher:
         self._lane_timeout_s = (
             LANE_SEND_S + settings.kafka_timeout_s + 2 * END_TIMEOUT_S + 2 * settings.database_timeout_s
         )
-        # Lanes to look into, oldest offer first. A lane stands here once, however often it is offered.
-        self._offered: dict[int, None] = {}
-        self._busy: set[int] = set()
-        self._changed = anyio.Event()
-        self._closed = False
-        self._stop_at = math.inf
+        self._lanes = WorkSet()
         self._drained = anyio.Event()
         self._waits: set[CancelScope] = set()
         # Why the last lane was given up. Until a lane goes well, one lane at a time is tried.
@@ -91,14 +88,13 @@ class Publisher:
 
     def offer(self, lane: int) -> None:
         """Look into this lane soon. Never blocks or raises; what is offered after the drain began, a sweep finds."""
-        if not self._closed:
-            self._push(lane)
+        self._lanes.offer(lane)
 
     async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
         """Send lanes until drained or cancelled. Ready at once: the stores may come later."""
         async with create_task_group() as helpers:
-            helpers.start_soon(self._sweep)
-            helpers.start_soon(self._ask_for_topics)
+            helpers.start_soon(self._lanes.sweep, self._sweep_s, self._waiting_lanes)
+            helpers.start_soon(every, self._topic_retry_s, self._ask_for_topics)
             async with create_task_group() as senders:
                 for _ in range(self._senders):
                     senders.start_soon(self._send_lanes)
@@ -111,32 +107,20 @@ class Publisher:
         sent, or after `flush_s` and what is unanswered then (at most `kafka_timeout_s`), or at once while Kafka or
         Postgres is away. Cancelling this and `run` before that loses nothing; what was just sent is then sent again.
         """
-        self._closed = True
-        self._stop_at = anyio.current_time() + flush_s
+        self._lanes.close(anyio.current_time() + flush_s)
         for scope in self._waits:
             scope.cancel()
-        self._notify()
         await self._drained.wait()
 
-    async def _sweep(self) -> None:
-        """Offer every lane that has rows: of other processes, of before the start, of topics that are usable again."""
-        while True:
-            try:
-                lanes = await self._outbox.waiting_lanes(self._channels_aside())
-            except Unavailable as error:
-                metrics.unavailable.labels(error.part).inc()
-                lanes = []
-            for lane in lanes:
-                self.offer(lane)
-            await anyio.sleep(self._sweep_s)
+    async def _waiting_lanes(self) -> Iterable[int]:
+        """Find every lane that has rows: of other processes, of before the start, of topics that are usable again."""
+        return await self._outbox.waiting_lanes(self._channels_aside())
 
     async def _ask_for_topics(self) -> None:
         """Ask for topics that take nothing, outside of any lane: no user waits for the answer."""
-        while True:
-            await anyio.sleep(self._topic_retry_s)
-            for topic in [topic for topic, is_aside in self._unusable.items() if is_aside]:
-                if await self._producer.has_topic(topic):
-                    self._unusable[topic] = False
+        for topic in [topic for topic, is_aside in self._unusable.items() if is_aside]:
+            if await self._producer.has_topic(topic):
+                self._unusable[topic] = False
 
     def _channels_aside(self) -> list[str]:
         return [channel for channel, topic in self._topics.items() if self._unusable.get(topic, False)]
@@ -154,26 +138,13 @@ class Publisher:
             _log.info("topic_usable", topic=topic)
 
     async def _send_lanes(self) -> None:
-        while (lane := await self._take_lane()) is not None:
+        while (lane := await self._lanes.take()) is not None:
+            has_more = False
             try:
                 if await self._wait_until_promising():
-                    await self._send_lane(lane)
+                    has_more = await self._send_lane(lane)
             finally:
-                self._busy.discard(lane)
-                self._notify()
-
-    async def _take_lane(self) -> int | None:
-        """Return the next lane, marked busy; None when closed and done."""
-        while True:
-            is_probing = self._trouble is not None and bool(self._busy)
-            lane = next((lane for lane in self._offered if lane not in self._busy), None)
-            if self._closed and (lane is None or self._trouble is not None or anyio.current_time() >= self._stop_at):
-                return None
-            if lane is not None and not is_probing:
-                del self._offered[lane]
-                self._busy.add(lane)
-                return lane
-            await self._changed.wait()
+                self._lanes.done(lane, again=has_more)
 
     async def _wait_until_promising(self) -> bool:
         """Wait, without a transaction, for the producer and for the end of the last failure's delay.
@@ -181,11 +152,11 @@ class Publisher:
         False where the publisher was closed meanwhile.
         """
         with CancelScope() as scope:
-            if self._closed and not self._producer.connected:
+            if self._lanes.is_closed and not self._producer.connected:
                 return False
             self._waits.add(scope)
             try:
-                if self._trouble is not None:
+                if self._lanes.is_probing:
                     await anyio.sleep_until(self._probe_at)
                 await self._producer.wait_connected()
                 return True
@@ -193,7 +164,8 @@ class Publisher:
                 self._waits.discard(scope)
         return False
 
-    async def _send_lane(self, lane: int) -> None:
+    async def _send_lane(self, lane: int) -> bool:
+        """Send the lane's rows and return whether it has more, or was given up and keeps its rows for later."""
         outcome = _Outcome()
         try:
             async with self._outbox.lane(lane, self._lane_timeout_s, self._channels_aside()) as held:
@@ -205,21 +177,20 @@ class Publisher:
         except Unavailable as error:
             metrics.unavailable.labels(error.part).inc()
             self._give_up(lane, "postgres_away", error.code)
-            return
+            return True
         for refusal in outcome.refused:
             _report_refusal(refusal)
         # A refusal ends the producer, and so what it had under way of other users: that says nothing of the broker.
         if outcome.away is not None and not outcome.refused:
             self._give_up(lane, "broker_away", str(outcome.away))
-            return
+            return True
         outcome.has_more |= outcome.away is not None
         # An empty lane says that Postgres is back, and nothing of the broker.
         if self._trouble == "postgres_away" or (self._trouble is not None and outcome.has_answer):
             _log.info("publisher_recovered", trouble=self._trouble)
-            self._trouble = None
+            self._trouble, self._lanes.is_probing = None, False
             self._probe_backoff.reset()
-        if outcome.has_more:
-            self._push(lane)
+        return outcome.has_more
 
     async def _send_rows(self, rows: Sequence[OutboxRow], outcome: "_Outcome") -> None:
         """Send each user's rows one after the other, and users side by side."""
@@ -235,7 +206,7 @@ class Publisher:
         for row in rows:
             if outcome.away is not None:
                 return
-            if anyio.current_time() >= min(stop_at, self._stop_at):
+            if anyio.current_time() >= min(stop_at, self._lanes.stop_at):
                 outcome.has_more = True
                 return
             topic = self._topics.get(row.event.channel)
@@ -280,21 +251,12 @@ class Publisher:
             await held.refuse(refusal.row.id, refusal.reason, None if retry_s is None else timedelta(seconds=retry_s))
             outcome.has_more |= retry_s is None  # the user's later rows may go
 
-    def _push(self, lane: int) -> None:
-        self._offered[lane] = None
-        self._notify()
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
-
     def _give_up(self, lane: int, trouble: str, reason: str) -> None:
-        """Keep the lane for later. Its unsent rows are in the outbox."""
-        self._trouble = trouble
+        """Try one lane at a time from now on, after a delay. The lane's unsent rows are in the outbox."""
+        self._trouble, self._lanes.is_probing = trouble, True
         self._probe_at = anyio.current_time() + self._probe_backoff.next_s()
         metrics.publish_failures.labels(trouble).inc()
         _log.warning("lane_given_up", lane=lane, trouble=trouble, reason=reason)
-        self._push(lane)
 
 
 class _Refusal(msgspec.Struct, frozen=True):
@@ -357,18 +319,10 @@ class OutboxWatch:
 
     async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
         """Measure every MEASURE_S until cancelled; ready when that was tried once."""
-        await self._measure()
-        task_status.started()
-        while True:
-            await anyio.sleep(MEASURE_S)
-            await self._measure()
+        await every(MEASURE_S, self._measure, at_once=True, task_status=task_status)
 
     async def _measure(self) -> None:
-        try:
-            backlog = await self._outbox.backlog()
-        except Unavailable as error:
-            metrics.unavailable.labels(error.part).inc()
-            return
+        backlog = await self._outbox.backlog()
         self.oldest_s = backlog.oldest_s
         metrics.outbox_events.set(backlog.events)
         metrics.outbox_oldest_seconds.set(backlog.oldest_s)

@@ -7,13 +7,13 @@ times in access and device tokens, which every verifier compares with its own. T
 import time
 from collections.abc import Awaitable, Callable
 
-import anyio
 import msgspec
 import structlog
 from anyio.abc import TaskStatus
 
 from authd.errors import Unavailable
 from authd.infra.observe import metrics
+from authd.infra.tasks.every import every
 
 INTERVAL_S = 30.0
 #: Seconds since the epoch.
@@ -83,13 +83,13 @@ class ClockWatch:
         """Check every INTERVAL_S. A clock that becomes wrong while authd serves is told, and ends nothing: what it
         decides alone is the life of access tokens.
         """
-        task_status.started()
-        while True:
-            await anyio.sleep(INTERVAL_S)
-            try:
-                await self.check()
-            except WrongClock as error:
-                _log.error("clock_wrong", cause=str(error))
+        await every(INTERVAL_S, self._check_again, task_status=task_status)
+
+    async def _check_again(self) -> None:
+        try:
+            await self.check()
+        except WrongClock as error:
+            _log.error("clock_wrong", cause=str(error))
 
     async def _skew(self, ask: Callable[[], Awaitable[float]]) -> float | None:
         asked_at = self._clock()

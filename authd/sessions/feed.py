@@ -6,6 +6,7 @@ request that hangs up stops nothing, it only waits.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import anyio
 import structlog
@@ -14,6 +15,8 @@ from anyio.abc import TaskStatus
 from authd.config import BUCKETS
 from authd.errors import Unavailable
 from authd.infra.observe import metrics
+from authd.infra.tasks.backoff import Backoff
+from authd.infra.tasks.every import every
 from authd.sessions.postgres import Revocation, Revocations
 from authd.sessions.redis import SessionStore
 from authd.tokens.mac import Subject
@@ -26,7 +29,7 @@ ROUNDS_MAX = 4
 #: Endings that Redis decided and Postgres has not heard of yet; more are refused (and counted) while it is away.
 ENDINGS_MAX = 10_000
 HEADS_INTERVAL_S = 1.0
-RETRY_MAX_S = 5.0
+RETRY_FIRST_S, RETRY_MAX_S = 0.1, 5.0
 JANITOR_INTERVAL_S = 60.0
 
 _log = structlog.get_logger()
@@ -160,8 +163,8 @@ class RevocationFeed:
                     group.start_soon(self._catch_up_task)
                 for _ in range(ENDING_TASKS):
                     group.start_soon(self._ending_task)
-                group.start_soon(self._follow_heads)
-                group.start_soon(self._delete_expired)
+                group.start_soon(partial(every, HEADS_INTERVAL_S, self._follow_heads, event="revocation_heads_unknown"))
+                group.start_soon(partial(every, JANITOR_INTERVAL_S, self._clean, event="revocations_not_cleaned"))
                 task_status.started()
 
     async def _catch_up_task(self) -> None:
@@ -173,17 +176,16 @@ class RevocationFeed:
             await self._write(job)
 
     async def _write(self, job: _Ending) -> None:
-        delay_s = 0.1
+        backoff = Backoff(RETRY_FIRST_S, RETRY_MAX_S)
         while True:
             try:
                 row = await self._revocations.record_sessions(job.subject, [job.session_id], job.reason)
                 break
             except Unavailable as error:
                 metrics.unavailable.labels(error.part).inc()
-                user_id = job.subject.user_id
-                _log.warning("revocation_not_logged", user_id=user_id, reason=job.reason, retry_in_s=delay_s)
+                user_id, delay_s = job.subject.user_id, backoff.next_s()
+                _log.warning("revocation_not_logged", user_id=user_id, reason=job.reason, retry_in_s=round(delay_s, 3))
                 await anyio.sleep(delay_s)
-                delay_s = min(2 * delay_s, RETRY_MAX_S)
         job.finish()
         # The tombstone holds already; this only moves the bucket's mark, so that no script has to wait for it.
         if row is not None:
@@ -232,34 +234,22 @@ class RevocationFeed:
         return answer.number
 
     async def _follow_heads(self) -> None:
-        while True:
-            await anyio.sleep(HEADS_INTERVAL_S)
-            known = dict(self._heads)
-            try:
-                heads = await self._revocations.heads()
-            except Unavailable as error:
-                metrics.unavailable.labels(error.part).inc()
-                _log.warning("revocation_heads_unknown")
-                continue
-            self._learn_all(heads)
-            for bucket, number in known.items():
-                if heads.get(bucket, 0) < number:
-                    # Postgres lost commits in a failover. Redis begins that bucket again before the numbers come back
-                    # with other rows.
-                    self._heads[bucket] = heads.get(bucket, 0)
-                    await self._run_catch_up(_CatchUp(bucket))
+        known = dict(self._heads)
+        heads = await self._revocations.heads()
+        self._learn_all(heads)
+        for bucket, number in known.items():
+            if heads.get(bucket, 0) < number:
+                # Postgres lost commits in a failover. Redis begins that bucket again before the numbers come back
+                # with other rows.
+                self._heads[bucket] = heads.get(bucket, 0)
+                await self._run_catch_up(_CatchUp(bucket))
 
-    async def _delete_expired(self) -> None:
-        while True:
-            await anyio.sleep(JANITOR_INTERVAL_S)
-            try:
-                while await self._revocations.announce_over():
-                    pass
-                while await self._revocations.delete_expired():
-                    pass
-            except Unavailable as error:
-                metrics.unavailable.labels(error.part).inc()
-                _log.warning("revocations_not_cleaned")
+    async def _clean(self) -> None:
+        """Delete the rows that are over, once the tombstones of those with events are in the outbox."""
+        while await self._revocations.announce_over():
+            pass
+        while await self._revocations.delete_expired():
+            pass
 
     def _learn_all(self, heads: dict[int, int]) -> None:
         for bucket, number in heads.items():

@@ -6,7 +6,7 @@ is no mark of how far the stream was read: after a wipe or a failover, ids may b
 any bucket.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import anyio
 import structlog
@@ -19,6 +19,7 @@ from authd.events.factory import EventFactory, iso
 from authd.events.redis import EventStreams, StreamEntry
 from authd.infra.encoding import encode_base64url
 from authd.infra.observe import metrics
+from authd.infra.tasks.work_set import WorkSet
 from authd.sessions.feed import RevocationFeed
 from authd.sessions.postgres import Ending
 from authd.sessions.redis import unpack_client
@@ -64,23 +65,18 @@ class EventRelay:
         self._feed = feed
         self._on_outbox = on_outbox
         self._sweep_s = sweep_s
-        # Buckets to look into and from when on, soonest first. A bucket stands here once, however often it is offered.
-        self._due: dict[int, float] = {}
-        self._busy: set[int] = set()
-        self._changed = anyio.Event()
+        self._buckets = WorkSet(GATHER_S)
 
     def offer(self, bucket: int) -> None:
         """Look into this bucket soon. Never blocks or raises; what is offered when nobody listens, a sweep finds."""
-        if bucket not in self._due:
-            self._due[bucket] = anyio.current_time() + GATHER_S
-            self._notify()
+        self._buckets.offer(bucket)
 
     async def run(self, *, task_status: TaskStatus[None]) -> None:
         """Ready at once: what waits in the streams waits safely."""
         async with anyio.create_task_group() as group:
             for _ in range(TASKS):
                 group.start_soon(self._move_buckets)
-            group.start_soon(self._sweep)
+            group.start_soon(self._buckets.sweep, self._sweep_s, self._filled)
             task_status.started()
 
     async def drain(self) -> None:
@@ -96,51 +92,24 @@ class EventRelay:
                 return
             for bucket in filled:
                 self.offer(bucket)
-            while self._due or self._busy:
-                await self._changed.wait()
+            await self._buckets.drain()
 
     async def _move_buckets(self) -> None:
-        while True:
-            bucket = await self._take()
+        while (bucket := await self._buckets.take()) is not None:
             try:
                 await self._move(bucket)
             except Unavailable as error:
                 metrics.unavailable.labels(error.part).inc()
                 _log.warning("events_not_relayed", bucket=bucket, part=error.part)
                 if error.part == "user_store" and not error.is_busy:
-                    self._due.clear()  # the others would fare no better; the sweep comes back to all
+                    self._buckets.forget()  # the others would fare no better; the sweep comes back to all
             finally:
-                self._busy.discard(bucket)
-                self._notify()
+                self._buckets.done(bucket)
 
-    async def _take(self) -> int:
-        """Wait for the next bucket that is due and return it, marked busy: another task would only find it locked."""
-        while True:
-            bucket = next((bucket for bucket in self._due if bucket not in self._busy), None)
-            if bucket is None:
-                await self._changed.wait()
-            elif (wait_s := self._due[bucket] - anyio.current_time()) > 0:
-                await anyio.sleep(wait_s)
-            else:
-                del self._due[bucket]
-                self._busy.add(bucket)
-                return bucket
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
-
-    async def _sweep(self) -> None:
-        while True:
-            try:
-                filled = await self._streams.filled()
-            except Unavailable as error:
-                metrics.unavailable.labels(error.part).inc()
-            else:
-                metrics.relay_waiting.set(sum(filled.values()))
-                for bucket in filled:
-                    self.offer(bucket)
-            await anyio.sleep(self._sweep_s)
+    async def _filled(self) -> Iterable[int]:
+        filled = await self._streams.filled()
+        metrics.relay_waiting.set(sum(filled.values()))
+        return filled
 
     async def _move(self, bucket: int) -> None:
         """Move the bucket's entries, as far as ENTRIES_MAX; nothing while another replica does."""

@@ -12,8 +12,8 @@ import secrets
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
-import anyio
 import structlog
 from anyio.abc import TaskStatus
 
@@ -21,6 +21,7 @@ from authd.config import Settings
 from authd.errors import Unavailable
 from authd.infra.clocks import Clock
 from authd.infra.observe import metrics
+from authd.infra.tasks.every import every
 from authd.tokens.access import InvalidToken
 from authd.tokens.device import DEVICE_TTL_S
 from authd.tokens.postgres import Keys, Lives, NewKey, StoredKey
@@ -113,16 +114,16 @@ class KeyKeeper:
 
     async def follow(self, ring: KeyRing, *, task_status: TaskStatus[None]) -> None:
         """Keep the ring up with the table, often enough that no key signs before every replica knows it."""
-        task_status.started()
         interval_s = min(INTERVAL_MAX_S, self._publish.total_seconds() / READS_PER_PUBLICATION)
-        while True:
-            await anyio.sleep(interval_s)
-            try:
-                await self.refresh(ring)
-            except (Unavailable, SealedByAnotherSecret) as error:
-                if isinstance(error, Unavailable):
-                    metrics.unavailable.labels(error.part).inc()
-                _log.error("keys_not_read", cause=repr(error.__cause__ or error))
+        await every(interval_s, partial(self._refresh_again, ring), task_status=task_status)
+
+    async def _refresh_again(self, ring: KeyRing) -> None:
+        try:
+            await self.refresh(ring)
+        except (Unavailable, SealedByAnotherSecret) as error:
+            if isinstance(error, Unavailable):
+                metrics.unavailable.labels(error.part).inc()
+            _log.error("keys_not_read", cause=repr(error.__cause__ or error))
 
     def _is_due(self, purpose: str, stored: Sequence[StoredKey], now: datetime) -> bool:
         # A first key is active from the beginning; its age counts from when it was made.

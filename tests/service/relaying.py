@@ -10,16 +10,18 @@ import anyio
 from aiokafka import ConsumerRecord
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from blockbuster import BlockBuster
+from service.world import make_ring, unguarded
 
+from authd.assembly.postgres import PostgresStores
+from authd.assembly.redis import RedisStores
+from authd.assembly.services import Intervals, Services
 from authd.config import BUCKETS, Secret, Settings
-from authd.events.publisher import Publisher
-from authd.infra.kafka.producer import Producer
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.redis.client import RedisClient, open_redis
+from authd.login.redis import Throttle
 from authd.sessions.feed import RevocationFeed
 from authd.sessions.redis import Client, LiveSession, Opened, Owner
-from authd.sessions.relay import SWEEP_S, EventRelay
-from authd.stores import PostgresStores, RedisStores
+from authd.sessions.relay import EventRelay
 from authd.tokens.mac import Subject
 from authd.tokens.refresh import SESSION_ID_BYTES, RefreshToken
 
@@ -27,40 +29,34 @@ PATIENCE_S = 60.0
 POLL_S = 0.02
 CLIENT = Client("192.0.2.1", "a browser")
 KEY_ID = 1
-DIGEST_KEY = bytes(32)
 
 
 @dataclass
 class Node:
     """What one process has of events. Its relay runs, and its publisher where it was asked for."""
 
-    settings: Settings
-    database: Database
-    redis: RedisClient
-    publisher: Publisher | None
-    relay_sweep_s: float
+    services: Services
+    settings: Settings = field(init=False)
+    database: Database = field(init=False)
+    redis: RedisClient = field(init=False)
     remembered: PostgresStores = field(init=False)
     decided: RedisStores = field(init=False)
+    throttle: Throttle = field(init=False)
     feed: RevocationFeed = field(init=False)
     relay: EventRelay = field(init=False)
     _subjects: dict[int, Subject] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.remembered = PostgresStores(self.settings, self.database)
-        self.decided = RedisStores(self.settings, self.redis, DIGEST_KEY)
-        self.feed = RevocationFeed(self.remembered.revocations, self.decided.sessions, self.offer_lane)
-        self.relay = EventRelay(
-            self.decided.streams,
-            self.remembered.relay,
-            self.remembered.events,
-            self.feed,
-            self.offer_lane,
-            sweep_s=self.relay_sweep_s,
+        self.settings, self.remembered, self.decided = (
+            self.services.settings,
+            self.services.postgres,
+            self.services.redis,
         )
+        self.database, self.redis = self.remembered.database, self.decided.client
+        self.throttle, self.feed, self.relay = self.services.throttle, self.services.feed, self.services.relay
 
     def offer_lane(self, lane: int) -> None:
-        if self.publisher is not None:
-            self.publisher.offer(lane)
+        self.services.offer_lane(lane)
 
     async def register(self, full_name: str = "") -> int:
         """A new user's id."""
@@ -191,26 +187,22 @@ async def open_node(
     guard: BlockBuster,
     *,
     relays: bool = True,
-    publishes: bool | dict[str, float] = False,
-    relay_sweep_s: float = SWEEP_S,
+    publishes: bool = False,
+    **intervals: float,
 ) -> AsyncIterator[Node]:
     """A replica. Its revocation feed always runs, its publisher where asked for, perhaps with intervals of its own."""
     async with open_database(settings) as database, open_redis(settings) as redis:
-        guard.deactivate()  # what the service does once at its start may block
-        producer = Producer(settings) if publishes else None
-        intervals = publishes if isinstance(publishes, dict) else {}
-        outbox = PostgresStores(settings, database).outbox
-        publisher = Publisher(settings, outbox, producer, **intervals) if producer else None
-        node = Node(settings, database, redis, publisher, relay_sweep_s)
-        guard.activate()
+        with unguarded(guard):
+            postgres, decided = PostgresStores(settings, database), RedisStores(settings, redis)
+            services = Services(settings, postgres, decided, make_ring(), intervals=Intervals(**intervals))
         async with anyio.create_task_group() as tree:
-            await tree.start(node.feed.run)
-            if producer is not None and publisher is not None:
-                await tree.start(producer.run)
-                await tree.start(publisher.run)
+            await tree.start(services.feed.run)
+            if publishes and services.producer is not None and services.publisher is not None:
+                await tree.start(services.producer.run)
+                await tree.start(services.publisher.run)
             if relays:
-                await tree.start(node.relay.run)
-            yield node
+                await tree.start(services.relay.run)
+            yield Node(services)
             tree.cancel_scope.cancel()
 
 

@@ -13,6 +13,7 @@ from prometheus_client import REGISTRY
 from service.relaying import create_topics
 from stores import read_topic
 
+from authd.assembly.postgres import PostgresStores
 from authd.config import BUCKETS, ConfigError, Settings, parse_settings
 from authd.embedded import KafkaBroker, PostgresServer
 from authd.events.contract import Event
@@ -21,7 +22,6 @@ from authd.events.publisher import Publisher
 from authd.infra.kafka.producer import BrokerAway, Producer, RecordRefused
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.postgres.migrate import migrate
-from authd.stores import PostgresStores
 
 pytestmark = pytest.mark.timeout(120)
 

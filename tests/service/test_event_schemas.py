@@ -129,9 +129,9 @@ async def make_every_event(node: Node) -> tuple[int, set[str]]:
         await node.remembered.users.set_disabled(name, disabled=is_disabled)
     await node.end_all(user)
     for account, user_id in ((name, user), ("nobody@example.org", 0)):
-        attempt = await node.decided.throttle.reserve(CLIENT.address, account, user_id)
+        attempt = await node.throttle.reserve(CLIENT.address, account, user_id)
         assert isinstance(attempt, Reserved)
-        await node.decided.throttle.settle(attempt, Outcome.FAILED)
+        await node.throttle.settle(attempt, Outcome.FAILED)
     await node.until_relayed()
     sids = {encode_base64url(session.id) for session in (first, second, third)}
 

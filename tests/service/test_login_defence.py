@@ -14,25 +14,24 @@ import anyio
 import bcrypt
 import pytest
 from blockbuster import BlockBuster
-from service.world import unguarded, until
+from service.world import make_ring, unguarded, until
 
-from authd.accounts.registration import Accounts
+from authd.assembly.postgres import PostgresStores
+from authd.assembly.redis import RedisStores
+from authd.assembly.services import Services
 from authd.config import Secret, Settings
 from authd.embedded import RedisServer
 from authd.errors import InvalidCredentials, LoginLocked, Refusal, RegistrationLimited, Unavailable
-from authd.infra.postgres.database import open_database
-from authd.infra.redis.client import open_redis
-from authd.login.password import Checked, PasswordCheck
+from authd.infra.postgres.database import Database, open_database
+from authd.infra.redis.client import RedisClient, open_redis
+from authd.login.password import Checked
 from authd.login.redis import Forgiven, Outcome, Reserved, Throttle
 from authd.passwords.formats import hash_password
-from authd.passwords.hasher import Hasher
-from authd.stores import PostgresStores, RedisStores
-from authd.tokens.device import DEVICE_TTL_S, DeviceMint
-from authd.tokens.ring import KeyRing, MacKey
+from authd.tokens.device import DEVICE_TTL_S
+from authd.tokens.ring import KeyRing
 from authd.users.postgres import User
 
 COST = 4
-DIGEST_KEY = bytes(32)
 PASSWORD, WRONG = "correct horse", "wrong horse"
 PASSWORD_HASH = hash_password(PASSWORD, COST)
 HOME, ELSEWHERE = "192.0.2.1", "198.51.100.7"
@@ -49,15 +48,14 @@ class Clock:
 class Defence:
     """One replica's objects."""
 
-    def __init__(self, settings: Settings, stores: PostgresStores, decided: RedisStores, ring: KeyRing) -> None:
+    def __init__(self, settings: Settings, database: Database, redis: RedisClient, ring: KeyRing) -> None:
         self.settings = settings
         self.clock = Clock()
-        self.users = stores.users
-        self.throttle: Throttle = decided.throttle
-        self.hasher = Hasher(settings)
-        self.devices = DeviceMint(ring, self.clock)
-        self.passwords = PasswordCheck(settings, self.users, self.throttle, self.hasher, self.devices)
-        self.accounts = Accounts(self.users, self.hasher, self.throttle, lambda _: None)
+        stores = PostgresStores(settings, database), RedisStores(settings, redis)
+        self.services = Services(settings, *stores, ring, clock=self.clock)
+        self.users, self.throttle = self.services.postgres.users, self.services.throttle
+        self.hasher, self.devices = self.services.hasher, self.services.devices
+        self.passwords, self.accounts = self.services.passwords, self.services.accounts
 
     async def new_user(self, password_hash: str = PASSWORD_HASH) -> User:
         name = f"{secrets.token_hex(8)}@example.org"
@@ -110,16 +108,15 @@ async def make(database_url: str, redis_server: RedisServer, no_blocking: BlockB
         "hash_deadline_s": 290.0,
         "request_timeout_s": 300.0,
     }
-    ring = KeyRing([], [MacKey(1, secrets.token_bytes(32), 0.0)])
+    ring = make_ring()
 
     @asynccontextmanager
     async def running(settings: Settings) -> AsyncIterator[Defence]:
         async with open_database(settings) as database, open_redis(settings) as redis:
             with unguarded(no_blocking):
-                made = Defence(
-                    settings, PostgresStores(settings, database), RedisStores(settings, redis, DIGEST_KEY), ring
-                )
+                made = Defence(settings, database, redis, ring)
             async with anyio.create_task_group() as tree:
+                await tree.start(made.services.feed.run)
                 await tree.start(made.hasher.run)
                 yield made
                 tree.cancel_scope.cancel()
@@ -269,7 +266,7 @@ async def test_a_dead_replicas_reservations_come_back(make: Make) -> None:
     defence = await make(max_login_attempts=2)
     user = await defence.new_user()
     async with open_redis(defence.settings) as redis:
-        dying = Throttle(redis, defence.settings, DIGEST_KEY, reservation_ttl_s=0.5)
+        dying = Throttle(redis, defence.settings, defence.services.ring.digest_key(), reservation_ttl_s=0.5)
         for _ in range(2):
             assert isinstance(await dying.reserve(HOME, user.username), Reserved)
     # It waits for what the dead one reserved, and is not refused.

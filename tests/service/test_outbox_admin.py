@@ -19,7 +19,7 @@ from service.relaying import (
 from stores import read_topic
 from structlog.testing import capture_logs
 
-from authd.cli.admin import drop_outbox, list_outbox, retry_outbox
+from authd.cli.outbox import drop_outbox, list_outbox, retry_outbox
 from authd.config import BUCKETS, Settings
 from authd.embedded import KafkaBroker
 from authd.events.contract import Event
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(120)
 
 LANE_S = 5.0
 SECRET_TEXT = "x" * 5000
-QUICK = {"retry_first_s": 0.1, "sweep_s": 0.1}
+QUICK = {"publish_retry_first_s": 0.1, "publish_sweep_s": 0.1}
 #: In one lane.
 POISONED, OTHER = 7, 7 + BUCKETS
 
@@ -63,7 +63,7 @@ async def test_a_poisonous_event_is_set_aside_and_its_users_later_ones_go_on(
 ) -> None:
     before = failed("refused")
     with capture_logs() as logs:
-        async with open_node(poisoned, no_blocking, relays=False, publishes=QUICK) as node:
+        async with open_node(poisoned, no_blocking, relays=False, publishes=True, **QUICK) as node:
             [poison] = await add(node, POISONED, 1, SECRET_TEXT)
             for number in range(2, LANE_ROWS + 50):
                 await add(node, POISONED, number)
@@ -88,7 +88,7 @@ async def test_a_poisonous_event_is_set_aside_and_its_users_later_ones_go_on(
 async def test_until_it_is_set_aside_its_users_later_events_wait_and_others_do_not(
     poisoned: Settings, no_blocking: BlockBuster
 ) -> None:
-    async with open_node(poisoned, no_blocking, relays=False, publishes={"retry_first_s": 3600}) as node:
+    async with open_node(poisoned, no_blocking, relays=False, publishes=True, publish_retry_first_s=3600) as node:
         await add(node, POISONED, 0)
         await add(node, POISONED, 1, SECRET_TEXT)
         # More than a lane's share, so that those behind them would starve.
@@ -105,7 +105,7 @@ async def test_until_it_is_set_aside_its_users_later_events_wait_and_others_do_n
 async def test_what_was_set_aside_is_sent_after_the_topic_was_mended(
     poisoned: Settings, no_blocking: BlockBuster, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with open_node(poisoned, no_blocking, relays=False, publishes=QUICK) as node:
+    async with open_node(poisoned, no_blocking, relays=False, publishes=True, **QUICK) as node:
         rows = [(await add(node, user, 1, SECRET_TEXT))[0] for user in (POISONED, OTHER)]
         await until(lambda: has_parked(node, 2))
         assert await retry_outbox(poisoned, [rows[0], 2**62]) == 1

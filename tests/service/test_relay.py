@@ -345,9 +345,9 @@ async def lock_a_pair(node: Node, user_id: int) -> None:
     for _ in range(node.settings.max_login_attempts):
 
         async def has_failed() -> bool:
-            attempt = await node.decided.throttle.reserve(CLIENT.address, f"{user_id}@example.org", user_id)
+            attempt = await node.throttle.reserve(CLIENT.address, f"{user_id}@example.org", user_id)
             if isinstance(attempt, Reserved):
-                await node.decided.throttle.settle(attempt, Outcome.FAILED)
+                await node.throttle.settle(attempt, Outcome.FAILED)
             return isinstance(attempt, Reserved)
 
         await until(has_failed)

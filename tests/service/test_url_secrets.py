@@ -18,7 +18,7 @@ from authd.embedded.processes import free_port
 #: Runs each command with each pair of URLs. A line of its output parts one run from the next.
 PROGRAM = """
 import json, os, sys, traceback
-from authd.cli import main
+from authd.cli.main import main
 for arguments, environment in json.load(sys.stdin):
     os.environ.update(environment)
     try:

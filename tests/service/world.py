@@ -19,13 +19,15 @@ from lock_order import watch_lock_order
 from redis.asyncio import Redis, RedisCluster
 from redis.commands.core import AsyncScript
 
+from authd.assembly.postgres import PostgresStores
+from authd.assembly.redis import RedisStores
+from authd.assembly.services import Services
 from authd.config import BUCKETS, Secret, Settings
 from authd.embedded import PostgresServer
 from authd.errors import RefreshRefused, Refusal, Unavailable, UserDisabled
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.postgres.migrate import migrate
 from authd.infra.redis.client import RedisClient, open_redis
-from authd.login.password import PasswordCheck
 from authd.login.redis import Throttle
 from authd.passwords.formats import hash_password
 from authd.passwords.hasher import Hasher
@@ -34,9 +36,7 @@ from authd.sessions.postgres import Revocations
 from authd.sessions.redis import Client, Owner, SessionStore
 from authd.sessions.relay import EventRelay
 from authd.sessions.sessions import Sessions, TokenPair
-from authd.stores import PostgresStores, RedisStores
 from authd.tokens.access import TokenMint
-from authd.tokens.device import DeviceMint
 from authd.tokens.mac import Subject
 from authd.tokens.refresh import RefreshToken
 from authd.tokens.ring import DataKey, KeyRing, MacKey
@@ -83,6 +83,7 @@ class Replica:
     database: Database
     redis: RedisClient
     clock: Callable[[], float] = time.time
+    services: Services = field(init=False)
     mint: TokenMint = field(init=False)
     users: Users = field(init=False)
     store: SessionStore = field(init=False)
@@ -95,29 +96,12 @@ class Replica:
     sessions: Sessions = field(init=False)
 
     def __post_init__(self) -> None:
-        settings = self.settings
-        self.mint = TokenMint(settings, self.ring, self.clock)
-        remembered, decided = (
-            PostgresStores(settings, self.database),
-            RedisStores(settings, self.redis, self.ring.digest_key()),
-        )
-        self.users, self.revocations = remembered.users, remembered.revocations
-        self.store, self.cache, self.throttle = decided.sessions, decided.user_cache, decided.throttle
-        self.hasher = Hasher(settings)
-        self.feed = RevocationFeed(self.revocations, self.store)
-        self.relay = EventRelay(decided.streams, remembered.relay, remembered.events, self.feed, lambda _: None)
-        devices = DeviceMint(self.ring, self.clock)
-        passwords = PasswordCheck(settings, self.users, self.throttle, self.hasher, devices)
-        self.sessions = Sessions(
-            self.mint,
-            self.users,
-            self.revocations,
-            self.store,
-            self.cache,
-            passwords,
-            self.feed,
-            self.relay.offer,
-        )
+        postgres, redis = PostgresStores(self.settings, self.database), RedisStores(self.settings, self.redis)
+        self.services = Services(self.settings, postgres, redis, self.ring, clock=self.clock)
+        self.users, self.revocations = postgres.users, postgres.revocations
+        self.store, self.cache = redis.sessions, redis.user_cache
+        self.mint, self.throttle, self.hasher = self.services.mint, self.services.throttle, self.services.hasher
+        self.feed, self.relay, self.sessions = self.services.feed, self.services.relay, self.services.sessions
 
     async def login(self, user: User, password: str = PASSWORD, client: Client = CLIENT) -> TokenPair:
         return await self.sessions.login(user.username, password, client)

@@ -19,7 +19,6 @@ import asyncio
 import ssl
 from collections.abc import Generator
 from contextlib import contextmanager
-from random import SystemRandom
 from typing import Any
 
 import anyio
@@ -34,6 +33,7 @@ from anyio.abc import TaskStatus
 from authd.config import ConfigError, Settings
 from authd.events.contract import Event
 from authd.infra.observe import metrics
+from authd.infra.tasks.backoff import Backoff
 
 START_DELAY_MIN_S = 0.2
 START_DELAY_MAX_S = 5.0
@@ -59,7 +59,6 @@ _TOPIC_REFUSALS = (
 )
 
 _log = structlog.get_logger()
-_random = SystemRandom()
 
 
 class BrokerAway(Exception):
@@ -72,23 +71,6 @@ class TopicUnusable(Exception):
 
 class RecordRefused(Exception):
     """The broker answers, and will never take this record. It has not arrived."""
-
-
-class Backoff:
-    """Delays in seconds that double from `first_s` to `max_s`, each shortened by up to a half at random."""
-
-    def __init__(self, first_s: float, max_s: float) -> None:
-        self._first_s = first_s
-        self._max_s = max_s
-        self._delay_s = first_s
-
-    def next_s(self) -> float:
-        delay_s = self._delay_s
-        self._delay_s = min(2 * delay_s, self._max_s)
-        return delay_s * _random.uniform(0.5, 1.0)
-
-    def reset(self) -> None:
-        self._delay_s = self._first_s
 
 
 class Producer:
