@@ -35,7 +35,7 @@ COST = 4
 PASSWORD, WRONG = "correct horse", "wrong horse"
 PASSWORD_HASH = hash_password(PASSWORD, COST)
 HOME, ELSEWHERE = "192.0.2.1", "198.51.100.7"
-PATIENCE_S = 110.0
+PATIENCE_S = 280.0
 
 
 class Clock:
@@ -161,7 +161,7 @@ async def all_at_once(calls: list[Callable[[], Awaitable[str]]]) -> Counter[str]
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("addresses", "limit"), [(1, 15), (1000, 100)])
 async def test_ten_thousand_guesses_get_no_more_hashes_than_the_limit_and_the_owner_gets_in(
     make: Make, hashes: list[bytes], addresses: int, limit: int

@@ -122,7 +122,7 @@ class Database:
                     if not has_slot:
                         await stack.enter_async_context(self._slots)
                     asked_at = anyio.current_time()
-                    connection = await stack.enter_async_context(self._pool.acquire())
+                    connection = await stack.enter_async_context(self._pooled())
                     with _losses_named(connection):
                         yield connection
         except _BUSY as error:
@@ -139,6 +139,24 @@ class Database:
             self._breaker.failed()
             raise Unavailable("user_store") from error
         self._breaker.succeeded()
+
+    @asynccontextmanager
+    async def _pooled(self) -> AsyncGenerator[Connection, None]:
+        connection = await self._pool.acquire()
+        try:
+            yield connection
+        finally:
+            # asyncpg ends a connection that it cannot reset, such as one that was cut off amid a statement. By then the
+            # outcome of its use is decided, so that is no error of the request. And a task of its own holds the error:
+            # a request that is cancelled once more would leave nobody to retrieve it.
+            release = asyncio.ensure_future(self._pool.release(connection))
+            release.add_done_callback(_retrieve)
+            await asyncio.wait([release])
+
+
+def _retrieve(task: "asyncio.Future[None]") -> None:
+    if not task.cancelled():
+        task.exception()
 
 
 @contextmanager
