@@ -18,7 +18,7 @@ from authd.config import BUCKETS, ConfigError, Settings, parse_settings
 from authd.embedded import KafkaBroker, PostgresServer
 from authd.events.contract import Event
 from authd.events.postgres import LANE_ROWS, Outbox, add_events
-from authd.events.publisher import Publisher
+from authd.events.publisher import Publisher, PublisherSettings
 from authd.infra.kafka.producer import BrokerAway, Producer, RecordRefused
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.postgres.migrate import migrate
@@ -349,7 +349,7 @@ async def publisher(settings: Settings, **intervals: float) -> AsyncIterator[Pub
     """A publisher that runs, with a pool and a producer of its own: what a replica has."""
     async with open_database(settings) as database, anyio.create_task_group() as group:
         producer = Producer(settings)
-        publishing = Publisher(settings, Outbox(database), producer, **intervals)
+        publishing = Publisher(settings.section(PublisherSettings), Outbox(database), producer, **intervals)
         await group.start(producer.run)
         await group.start(publishing.run)
         yield publishing
