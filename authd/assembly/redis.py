@@ -15,7 +15,7 @@ class RedisStores:
     def __init__(self, settings: Settings, client: RedisClient) -> None:
         self.client = client
         self.sessions = SessionStore(client, settings.section(SessionSettings))
-        self.user_cache = UserCache(client, settings)
+        self.user_cache = UserCache(client, settings.user_cache_ttl_s)
         self.streams = EventStreams(client)
 
 

@@ -11,7 +11,7 @@ from authd.config import Settings
 from authd.events import publisher
 from authd.events.publisher import OutboxWatch, Publisher, PublisherSettings
 from authd.infra.clocks import Clock
-from authd.infra.kafka.producer import Producer
+from authd.infra.kafka.producer import KafkaSettings, Producer
 from authd.infra.observe.health import Health
 from authd.login.password import PasswordCheck
 from authd.oauth.clients import ClientRegistry
@@ -80,7 +80,7 @@ class Services:
         self.producer: Producer | None = None
         self.publisher: Publisher | None = None
         if self.settings.kafka_bootstrap_servers:
-            self.producer = Producer(self.settings)
+            self.producer = Producer(self.settings.section(KafkaSettings))
             self.publisher = Publisher(
                 self.settings.section(PublisherSettings),
                 self.postgres.outbox,
