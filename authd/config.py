@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 from urllib.parse import urlsplit
 
 import msgspec
@@ -48,6 +48,7 @@ Network = IPv4Network | IPv6Network
 Seconds = Annotated[int, Meta(ge=1, le=366 * 86_400)]
 Timeout = Annotated[float, Meta(gt=0, le=300)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+_Section = TypeVar("_Section", bound=msgspec.Struct)
 
 
 class ConfigError(Exception):
@@ -158,6 +159,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_days: Annotated[int, Meta(ge=1, le=3650)] = 14
     log_max_bytes: Annotated[int, Meta(ge=67_108_864, le=1_099_511_627_776)] = 1_073_741_824
+
+    def section(self, kind: type[_Section]) -> _Section:
+        """Return the settings that `kind` has fields for, by the same names: what one class reads, and no more."""
+        return kind(**{field.name: getattr(self, field.name) for field in msgspec.structs.fields(kind)})
+
+    @property
+    def event_stream_max(self) -> int:
+        """Entries of a stream of events in Redis: the setting, or 0 where no Kafka takes them."""
+        return self.stream_max if self.kafka_bootstrap_servers else 0
 
     @property
     def hash_threads_per_worker(self) -> int:

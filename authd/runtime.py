@@ -17,6 +17,7 @@ import anyio
 import structlog
 
 from authd.assembly.app import build_app, build_operations_app
+from authd.assembly.keys import build_keeper
 from authd.assembly.postgres import PostgresStores
 from authd.assembly.redis import RedisStores
 from authd.assembly.services import Services
@@ -32,7 +33,6 @@ from authd.infra.postgres.migrate import NOT_READY, migrate
 from authd.infra.redis.client import RedisClient, open_redis
 from authd.infra.tasks.backoff import Backoff
 from authd.infra.tasks.running import Drain, Run, running
-from authd.tokens.keeper import KeyKeeper
 
 #: Time after all deadlines of a shutdown at which the process ends without ceremony.
 LAST_RESORT_S = 10.0
@@ -73,7 +73,7 @@ async def _serve(
     on_ready: Callable[[], None] | None,
 ) -> None:
     postgres = PostgresStores(settings, database)
-    keeper = KeyKeeper(settings, postgres.keys)
+    keeper = build_keeper(settings, postgres)
     ring = await keeper.load()
     services = Services(settings, postgres, RedisStores(settings, redis), ring)
     _log.info("trusted_proxies", networks=[str(network) for network in settings.trusted_proxies])

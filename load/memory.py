@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from authd.config import Secret, Settings
 from authd.embedded import RedisServer
 from authd.infra.redis.client import open_redis
-from authd.sessions.redis import USER_AGENT_BYTES_MAX, Client, Opened, Owner, SessionStore
+from authd.sessions.redis import USER_AGENT_BYTES_MAX, Client, Opened, Owner, SessionSettings, SessionStore
 from authd.tokens.mac import Subject
 
 BYTES_MAX = 300
@@ -51,7 +51,7 @@ async def measure(name: str, config: dict[str, str], options: argparse.Namespace
             async with Redis.from_url(server.url) as redis:
                 started = time.monotonic()
                 async with open_redis(settings) as client:
-                    store = SessionStore(client, settings)
+                    store = SessionStore(client, settings.section(SessionSettings))
                     # The scripts, the first connections and their buffers are there either way.
                     await open_sessions(store, range(FIRST_USER - CONCURRENT, FIRST_USER))
                     await redis.flushdb()

@@ -19,7 +19,9 @@ class PostgresStores:
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self.database = database
-        self.events = EventFactory(settings)
+        self.events = EventFactory(
+            has_broker=bool(settings.kafka_bootstrap_servers), access_ttl_s=settings.access_ttl_s
+        )
         writer = RevocationWriter(self.events, timedelta(seconds=settings.session_ttl_s))
         self.users = Users(database, writer, self.events)
         self.revocations = Revocations(database, writer, self.events)

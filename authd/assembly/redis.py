@@ -3,8 +3,8 @@
 from authd.config import Settings
 from authd.events.redis import EventStreams
 from authd.infra.redis.client import RedisClient
-from authd.login.redis import Throttle
-from authd.sessions.redis import SessionStore
+from authd.login.redis import Throttle, ThrottleSettings
+from authd.sessions.redis import SessionSettings, SessionStore
 from authd.tokens.ring import KeyRing
 from authd.users.redis import UserCache
 
@@ -14,10 +14,10 @@ class RedisStores:
 
     def __init__(self, settings: Settings, client: RedisClient) -> None:
         self.client = client
-        self.sessions = SessionStore(client, settings)
-        self.user_cache = UserCache(client, settings)
+        self.sessions = SessionStore(client, settings.section(SessionSettings))
+        self.user_cache = UserCache(client, settings.user_cache_ttl_s)
         self.streams = EventStreams(client)
 
 
 def build_throttle(settings: Settings, client: RedisClient, ring: KeyRing) -> Throttle:
-    return Throttle(client, settings, ring.digest_key())
+    return Throttle(client, settings.section(ThrottleSettings), ring.digest_key())

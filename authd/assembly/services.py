@@ -9,19 +9,19 @@ from authd.assembly.postgres import PostgresStores
 from authd.assembly.redis import RedisStores, build_throttle
 from authd.config import Settings
 from authd.events import publisher
-from authd.events.publisher import OutboxWatch, Publisher
+from authd.events.publisher import OutboxWatch, Publisher, PublisherSettings
 from authd.infra.clocks import Clock
-from authd.infra.kafka.producer import Producer
+from authd.infra.kafka.producer import KafkaSettings, Producer
 from authd.infra.observe.health import Health
 from authd.login.password import PasswordCheck
 from authd.oauth.clients import ClientRegistry
 from authd.oauth.introspection import TokenDesk
-from authd.passwords.hasher import Hasher
+from authd.passwords.hasher import Hasher, HashSettings
 from authd.sessions import relay
 from authd.sessions.feed import RevocationFeed
 from authd.sessions.relay import EventRelay
 from authd.sessions.sessions import Sessions
-from authd.tokens.access import TokenMint
+from authd.tokens.access import MintSettings, TokenMint
 from authd.tokens.device import DeviceMint
 from authd.tokens.ring import KeyRing
 
@@ -76,13 +76,13 @@ class Services:
             self.publisher.offer(lane)
 
     def _build_events(self) -> None:
-        self.outbox_watch = OutboxWatch(self.settings, self.postgres.outbox)
+        self.outbox_watch = OutboxWatch(self.postgres.outbox, self.settings.outbox_degraded_s)
         self.producer: Producer | None = None
         self.publisher: Publisher | None = None
         if self.settings.kafka_bootstrap_servers:
-            self.producer = Producer(self.settings)
+            self.producer = Producer(self.settings.section(KafkaSettings))
             self.publisher = Publisher(
-                self.settings,
+                self.settings.section(PublisherSettings),
                 self.postgres.outbox,
                 self.producer,
                 sweep_s=self._intervals.publish_sweep_s,
@@ -91,11 +91,11 @@ class Services:
             )
 
     def _build_tokens(self) -> None:
-        self.mint = TokenMint(self.settings, self.ring, self._clock)
+        self.mint = TokenMint(self.settings.section(MintSettings), self.ring, self._clock)
         self.devices = DeviceMint(self.ring, self._clock)
 
     def _build_passwords(self) -> None:
-        self.hasher = Hasher(self.settings)
+        self.hasher = Hasher(self.settings.section(HashSettings))
 
     def _build_feed(self) -> None:
         self.feed = RevocationFeed(self.postgres.revocations, self.redis.sessions, self.offer_lane)

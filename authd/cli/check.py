@@ -10,7 +10,7 @@ from authd.cli.terminal import run, say
 from authd.config import Settings
 from authd.errors import Unavailable
 from authd.infra.clocks import ClockWatch, WrongClock
-from authd.infra.kafka.producer import Producer
+from authd.infra.kafka.producer import KafkaSettings, Producer
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.redis.client import NO_EVICTION, RedisClient, open_redis
 from authd.infra.tasks.running import running
@@ -72,7 +72,7 @@ async def _check_clocks(settings: Settings, database: Database, redis: RedisClie
 async def _check_kafka(settings: Settings) -> str:
     if not settings.kafka_bootstrap_servers:
         return "none configured: events wait in the outbox"
-    producer = Producer(settings)
+    producer = Producer(settings.section(KafkaSettings))
     async with running(producer.run):
         with anyio.move_on_after(settings.kafka_timeout_s):
             await producer.wait_connected()

@@ -2,11 +2,12 @@
 
 import argparse
 
+from authd.assembly.keys import build_keeper
 from authd.assembly.postgres import PostgresStores
 from authd.cli.terminal import run, say
 from authd.config import Settings
 from authd.infra.postgres.database import open_database
-from authd.tokens.keeper import DATA, KeyKeeper
+from authd.tokens.keeper import DATA
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 async def list_keys(settings: Settings) -> int:
     async with open_database(settings) as database:
-        for key in await KeyKeeper(settings, PostgresStores(settings, database).keys).read():
+        for key in await build_keeper(settings, PostgresStores(settings, database)).read():
             since = max(key.active_at, key.created_at).isoformat(timespec="seconds")
             use = "never rotates; made" if key.purpose == DATA else "signs from"
             say(f"{key.kid}  {key.purpose:8}  {use} {since}")
@@ -28,6 +29,6 @@ async def list_keys(settings: Settings) -> int:
 
 async def rotate_keys(settings: Settings) -> int:
     async with open_database(settings) as database:
-        for kid in await KeyKeeper(settings, PostgresStores(settings, database).keys).rotate():
+        for kid in await build_keeper(settings, PostgresStores(settings, database)).rotate():
             say(f"{kid}  published; signs in {settings.key_publish_s} s")
     return 0

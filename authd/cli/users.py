@@ -4,6 +4,7 @@ import argparse
 from functools import partial
 from ipaddress import ip_address
 
+from authd.assembly.keys import build_keeper
 from authd.assembly.postgres import PostgresStores
 from authd.assembly.redis import RedisStores, build_throttle
 from authd.cli.terminal import complain, run, say
@@ -13,7 +14,6 @@ from authd.infra.postgres.database import open_database
 from authd.infra.redis.client import open_redis
 from authd.infra.tasks.running import running
 from authd.sessions.feed import RevocationFeed
-from authd.tokens.keeper import KeyKeeper
 from authd.users.usernames import username_key
 
 
@@ -61,7 +61,7 @@ async def unlock_user(settings: Settings, username: str, address: str | None) ->
     """Forget the failures of the account, and of its pair with the address. What stays locked is said."""
     account = username_key(username)
     async with open_database(settings) as database, open_redis(settings) as redis:
-        ring = await KeyKeeper(settings, PostgresStores(settings, database).keys).load()
+        ring = await build_keeper(settings, PostgresStores(settings, database)).load()
         throttle = build_throttle(settings, redis, ring)
         forgiven = await throttle.forgive(account, address)
         say(f"Account: forgot {forgiven.account} failures.")

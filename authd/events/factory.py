@@ -6,7 +6,6 @@ from typing import Literal
 
 import msgspec
 
-from authd.config import Settings
 from authd.events.contract import (
     Event,
     EventType,
@@ -31,9 +30,9 @@ class EventFactory:
     for nobody.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._is_told = bool(settings.kafka_bootstrap_servers)
-        self._announced_for = timedelta(seconds=settings.access_ttl_s + ANNOUNCED_MORE_S)
+    def __init__(self, *, has_broker: bool, access_ttl_s: int) -> None:
+        self._is_told = has_broker
+        self._announced_for = timedelta(seconds=access_ttl_s + ANNOUNCED_MORE_S)
 
     @property
     def announced_for(self) -> timedelta | None:

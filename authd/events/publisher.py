@@ -13,7 +13,6 @@ import structlog
 from anyio import TASK_STATUS_IGNORED, CancelScope, create_task_group
 from anyio.abc import TaskStatus
 
-from authd.config import Settings
 from authd.errors import Unavailable
 from authd.events.contract import Event
 from authd.events.postgres import LANE_ROWS, Lane, Outbox, OutboxRow
@@ -46,12 +45,22 @@ POOL_SHARE = 4
 _log = structlog.get_logger()
 
 
+class PublisherSettings(msgspec.Struct, frozen=True):
+    kafka_registration_topic: str
+    kafka_registration_key: str
+    kafka_events_topic: str
+    kafka_revocations_topic: str
+    kafka_timeout_s: float
+    database_timeout_s: float
+    database_pool_per_worker: int
+
+
 class Publisher:
     """Sends the lanes that are offered to it. Lanes go in parallel, in this process one sender to a lane."""
 
     def __init__(
         self,
-        settings: Settings,
+        settings: PublisherSettings,
         outbox: Outbox,
         producer: Producer,
         *,
@@ -306,9 +315,9 @@ def _report_refusal(refusal: _Refusal) -> None:
 class OutboxWatch:
     """Measures what waits in the outbox, with a broker or without one."""
 
-    def __init__(self, settings: Settings, outbox: Outbox) -> None:
+    def __init__(self, outbox: Outbox, degraded_s: int) -> None:
         self._outbox = outbox
-        self._degraded_s = settings.outbox_degraded_s
+        self._degraded_s = degraded_s
         #: The age of the oldest event that waits, in seconds, as last measured.
         self.oldest_s = 0.0
 

@@ -15,8 +15,9 @@ from hashlib import blake2b
 from typing import Any, Literal, TypeVar
 
 import anyio
+import msgspec
 
-from authd.config import BUCKETS, Settings
+from authd.config import BUCKETS
 from authd.errors import Unavailable
 from authd.events.redis import event_stream
 from authd.infra.networks import network_of
@@ -87,6 +88,14 @@ class Wait:
     """Other attempts fill the limit and are not decided yet. Nothing is reserved: ask again."""
 
 
+class ThrottleSettings(msgspec.Struct, frozen=True):
+    max_login_attempts: int
+    account_max_failures: int
+    address_max_failures: int
+    lockout_s: int
+    event_stream_max: int
+
+
 class Throttle:
     """`address` is the client's IP address; `account` the canonical form of the username, whether a user has it or not:
     else a lock would tell who exists. `digest_key`: 32 bytes, without which nobody can tell what a counter in Redis
@@ -96,7 +105,7 @@ class Throttle:
     def __init__(
         self,
         client: RedisClient,
-        settings: Settings,
+        settings: ThrottleSettings,
         digest_key: bytes,
         *,
         reservation_ttl_s: float = RESERVATION_TTL_S,
@@ -113,7 +122,7 @@ class Throttle:
         }
         self._lockout_ms = settings.lockout_s * 1000
         # Without a broker nobody is told.
-        self._stream_max = settings.stream_max if settings.kafka_bootstrap_servers else 0
+        self._stream_max = settings.event_stream_max
         self._reservation_ttl_ms = int(reservation_ttl_s * 1000)
         self._new_id = new_id
         self._peek = client.script(__package__, "throttle_peek")

@@ -14,12 +14,12 @@ from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import anyio
+import msgspec
 import structlog
 from anyio import CancelScope, CapacityLimiter, Event, Semaphore, to_thread
 from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint
 
-from authd.config import Settings
 from authd.errors import Unavailable
 from authd.infra.networks import networks_of
 from authd.infra.observe import metrics
@@ -111,6 +111,13 @@ class _Overloaded(Exception):
         self.retry_after_s = retry_after_s
 
 
+class HashSettings(msgspec.Struct, frozen=True):
+    bcrypt_cost: int
+    hash_threads_per_worker: int
+    hash_deadline_s: float
+    hash_queue_max: int
+
+
 class Hasher:
     """Hashes on a bounded number of threads, fed from two bounded queues, by tasks that outlive the requests.
 
@@ -127,7 +134,7 @@ class Hasher:
     `refusal_pause_s` after it came; when it was not admitted within `hash_deadline_s`; and at the shutdown.
     """
 
-    def __init__(self, settings: Settings, *, refusal_pause_s: float = REFUSAL_PAUSE_S) -> None:
+    def __init__(self, settings: HashSettings, *, refusal_pause_s: float = REFUSAL_PAUSE_S) -> None:
         self._cost = settings.bcrypt_cost
         self._threads = settings.hash_threads_per_worker
         self._deadline_s = settings.hash_deadline_s

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from authd.config import Settings
 from authd.events.redis import event_stream
 from authd.infra.observe import metrics
 from authd.infra.redis.client import RedisClient, bucket_of_user
@@ -114,12 +113,21 @@ class Applied(msgspec.Struct, frozen=True):
     number: int
 
 
+class SessionSettings(msgspec.Struct, frozen=True):
+    refresh_ttl_s: int
+    session_ttl_s: int
+    refresh_grace_s: int
+    max_active_sessions: int
+    session_policy: Literal["evict_oldest", "refuse"]
+    event_stream_max: int
+
+
 class SessionStore:
     """Every method raises `Unavailable("session_store")` when Redis does not answer in time; those that take a
     `revocation` number raise `Behind` when Redis has applied less.
     """
 
-    def __init__(self, client: RedisClient, settings: Settings) -> None:
+    def __init__(self, client: RedisClient, settings: SessionSettings) -> None:
         self._client = client
         self._ttl_ms = settings.refresh_ttl_s * 1000
         self._session_ttl_ms = settings.session_ttl_s * 1000
@@ -127,7 +135,7 @@ class SessionStore:
         self._cap = settings.max_active_sessions
         self._refuse = int(settings.session_policy == "refuse")
         # Without a broker nobody is told, and the relay would only throw the events away.
-        self._stream_max = settings.stream_max if settings.kafka_bootstrap_servers else 0
+        self._stream_max = settings.event_stream_max
         self._open = client.script(__package__, "session_open")
         self._rotate = client.script(__package__, "session_rotate")
         self._inspect = client.script(__package__, "session_inspect")

@@ -10,7 +10,6 @@ from joserfc.errors import JoseError
 from joserfc.jwk import Key
 from joserfc.jws import JWSRegistry
 
-from authd.config import Settings
 from authd.infra.clocks import Clock
 from authd.infra.encoding import decode_base64url, encode_base64url
 from authd.tokens.mac import Subject
@@ -68,10 +67,17 @@ class AccessClaims(msgspec.Struct, frozen=True):
         return self.subject.user_id
 
 
+class MintSettings(msgspec.Struct, frozen=True):
+    jwt_algorithm: Algorithm
+    issuer: str
+    audience: str
+    access_ttl_s: int
+
+
 class TokenMint:
     """Makes and proves tokens with the key ring."""
 
-    def __init__(self, settings: Settings, ring: KeyRing, clock: Clock = time.time) -> None:
+    def __init__(self, settings: MintSettings, ring: KeyRing, clock: Clock = time.time) -> None:
         self._ring = ring
         self._clock = clock
         self._algorithm: Algorithm = settings.jwt_algorithm

@@ -13,11 +13,13 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Literal
 
+import msgspec
 import structlog
 from anyio.abc import TaskStatus
 
-from authd.config import Settings
+from authd.config import Secret
 from authd.errors import Unavailable
 from authd.infra.clocks import Clock
 from authd.infra.observe import metrics
@@ -44,10 +46,22 @@ class SealedByAnotherSecret(Exception):
     """AUTHD_SECRET is not the one that the stored keys were sealed under."""
 
 
+class KeySettings(msgspec.Struct, frozen=True):
+    secret: Secret
+    secret_previous: Secret
+    jwt_algorithm: Literal["ES256", "Ed25519", "HS256"]
+    jwt_secret: Secret
+    key_publish_s: int
+    key_max_age_s: int
+    access_ttl_s: int
+    refresh_ttl_s: int
+    clock_skew_max_s: float
+
+
 class KeyKeeper:
     """Makes, seals, rotates and reads the keys of a deployment. `clock`: this process's, in epoch seconds."""
 
-    def __init__(self, settings: Settings, keys: Keys, clock: Clock = time.time) -> None:
+    def __init__(self, settings: KeySettings, keys: Keys, clock: Clock = time.time) -> None:
         self._settings = settings
         self._keys = keys
         self._clock = clock

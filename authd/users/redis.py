@@ -1,6 +1,5 @@
 """The cached users: what /auth/me shows, with the version of the row it came from."""
 
-from authd.config import Settings
 from authd.infra.redis.client import RedisClient, bucket_of_user
 from authd.tokens.mac import Subject
 
@@ -8,9 +7,9 @@ from authd.tokens.mac import Subject
 class UserCache:
     """Read through `SessionStore.inspect`, with the session it belongs to; invalidated by the revocation log."""
 
-    def __init__(self, client: RedisClient, settings: Settings) -> None:
+    def __init__(self, client: RedisClient, ttl_s: int) -> None:
         self._client = client
-        self._ttl_s = settings.user_cache_ttl_s
+        self._ttl_s = ttl_s
         self._store = client.script(__package__, "user_cache")
 
     async def store(self, subject: Subject, version: int, user_json: bytes) -> None:

@@ -18,8 +18,8 @@ from authd.config import BUCKETS, ConfigError, Settings, parse_settings
 from authd.embedded import KafkaBroker, PostgresServer
 from authd.events.contract import Event
 from authd.events.postgres import LANE_ROWS, Outbox, add_events
-from authd.events.publisher import Publisher
-from authd.infra.kafka.producer import BrokerAway, Producer, RecordRefused
+from authd.events.publisher import Publisher, PublisherSettings
+from authd.infra.kafka.producer import BrokerAway, KafkaSettings, Producer, RecordRefused
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.postgres.migrate import migrate
 
@@ -286,7 +286,7 @@ async def test_a_topic_that_nobody_can_be_asked_about_is_not_said_to_be_missing(
     impatient: Settings, kafka_broker: KafkaBroker
 ) -> None:
     await create_topics(impatient, {}, impatient.kafka_registration_topic)
-    producer = Producer(impatient)
+    producer = Producer(impatient.section(KafkaSettings))
     async with anyio.create_task_group() as group:
         await group.start(producer.run)
         with anyio.fail_after(ARRIVE_S):
@@ -324,13 +324,13 @@ async def test_a_record_too_large_for_any_broker_is_refused_and_the_producer_sta
 async def test_kafka_settings_that_cannot_work_stop_the_start(bad: tuple[str, str]) -> None:
     name = f"AUTHD_KAFKA_{bad[0]}"
     with pytest.raises(ConfigError, match=name):
-        Producer(parse_settings(VALUES | {"AUTHD_KAFKA_SECURITY_PROTOCOL": "SSL", name: bad[1]}))
+        Producer(parse_settings(VALUES | {"AUTHD_KAFKA_SECURITY_PROTOCOL": "SSL", name: bad[1]}).section(KafkaSettings))
 
 
 @asynccontextmanager
 async def used_producer(settings: Settings) -> AsyncIterator[Callable[[Event], Coroutine[Any, Any, None]]]:
     """What sends by a producer that has sent event 0 of user 1."""
-    producer = Producer(settings)
+    producer = Producer(settings.section(KafkaSettings))
 
     async def send(event: Event) -> None:
         await producer.send(event, settings.kafka_registration_topic, b"key")
@@ -348,8 +348,8 @@ async def used_producer(settings: Settings) -> AsyncIterator[Callable[[Event], C
 async def publisher(settings: Settings, **intervals: float) -> AsyncIterator[Publisher]:
     """A publisher that runs, with a pool and a producer of its own: what a replica has."""
     async with open_database(settings) as database, anyio.create_task_group() as group:
-        producer = Producer(settings)
-        publishing = Publisher(settings, Outbox(database), producer, **intervals)
+        producer = Producer(settings.section(KafkaSettings))
+        publishing = Publisher(settings.section(PublisherSettings), Outbox(database), producer, **intervals)
         await group.start(producer.run)
         await group.start(publishing.run)
         yield publishing

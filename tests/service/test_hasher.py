@@ -12,11 +12,11 @@ import pytest
 from anyio import Event, to_thread
 from anyio.lowlevel import checkpoint
 
-from authd.config import Secret, Settings
+from authd.config import Settings
 from authd.errors import Unavailable
 from authd.infra.observe import metrics
 from authd.passwords.formats import Effort, effort_to_verify, hash_password, verify_password
-from authd.passwords.hasher import Admission, Hasher, Job
+from authd.passwords.hasher import Admission, Hasher, HashSettings, Job
 
 COST = 4
 EFFORT = Effort("bcrypt", COST)
@@ -31,12 +31,9 @@ async def running(
     *, threads: int = 2, queue_max: int = 1000, deadline_s: float = 14.0, refusal_pause_s: float = 0.0
 ) -> AsyncIterator[Hasher]:
     hasher = Hasher(
-        Settings(
-            database_url=Secret("-"),
-            redis_url=Secret("-"),
-            secret=Secret("-"),
+        HashSettings(
             bcrypt_cost=COST,
-            hash_threads=threads,
+            hash_threads_per_worker=threads,
             hash_queue_max=queue_max,
             hash_deadline_s=deadline_s,
         ),

@@ -18,9 +18,9 @@ from service.world import JWT_SECRET, together, until
 from authd.config import Secret, Settings
 from authd.embedded import PostgresServer
 from authd.infra.postgres.database import Database, open_database
-from authd.tokens.access import InvalidToken, TokenMint, decode_base64url
+from authd.tokens.access import InvalidToken, MintSettings, TokenMint, decode_base64url
 from authd.tokens.device import DEVICE_TTL_S
-from authd.tokens.keeper import EXPIRY_MARGIN, KeyKeeper, SealedByAnotherSecret
+from authd.tokens.keeper import EXPIRY_MARGIN, KeyKeeper, KeySettings, SealedByAnotherSecret
 from authd.tokens.mac import Subject
 from authd.tokens.postgres import Keys
 from authd.tokens.ring import KeyRing
@@ -49,7 +49,7 @@ async def make_keeper(database_url: str) -> AsyncIterator[MakeKeeper]:
         async def make(ahead_s: float = 0.0, **changes: Any) -> KeyKeeper:
             settings = settings_for(database_url, **changes)
             keys = Keys(await stack.enter_async_context(open_database(settings)))
-            return KeyKeeper(settings, keys, clock=lambda: time.time() + ahead_s)
+            return KeyKeeper(settings.section(KeySettings), keys, clock=lambda: time.time() + ahead_s)
 
         yield make
 
@@ -101,7 +101,7 @@ async def test_replicas_that_start_together_on_an_empty_database_agree_on_one_ke
     rings = await together(*(keeper.load for keeper in keepers))
     assert await purposes(database) == PURPOSES
     assert len({(*published(ring), ring.mac_key(time.time()).id) for ring in rings}) == 1
-    mints = [TokenMint(settings_for("-"), ring) for ring in rings]
+    mints = [TokenMint(settings_for("-").section(MintSettings), ring) for ring in rings]
     for mint in mints:
         token = mint.make_access(Subject(7, 1), SESSION, 1, "jti")
         assert [other.read_access(token).user_id for other in mints] == [7] * len(mints)
@@ -129,10 +129,10 @@ async def test_with_a_shared_secret_no_signing_key_is_made(make_keeper: MakeKeep
 
 
 async def test_after_a_change_of_the_algorithm_older_tokens_are_still_good(make_keeper: MakeKeeper) -> None:
-    old = TokenMint(settings_for("-"), await (await make_keeper()).load())
+    old = TokenMint(settings_for("-").section(MintSettings), await (await make_keeper()).load())
     token = old.make_access(Subject(7, 1), SESSION, 1, "jti")
     changed = await (await make_keeper(jwt_algorithm="Ed25519")).load()
-    mint = TokenMint(settings_for("-", jwt_algorithm="Ed25519"), changed)
+    mint = TokenMint(settings_for("-", jwt_algorithm="Ed25519").section(MintSettings), changed)
     assert len(published(changed)) == 2
     assert mint.read_access(token).user_id == 7
     assert mint.read_access(mint.make_access(Subject(8, 1), SESSION, 1, "jti")).user_id == 8
@@ -206,11 +206,13 @@ async def test_a_key_is_published_before_it_signs(keeper: KeyKeeper, make_keeper
     # Each replica proves what either key made, before and after.
     now = time.time()
     tokens = [
-        TokenMint(settings_for("-"), ring, clock=lambda s=s: now + s).make_access(Subject(7, 1), SESSION, 1, "j")
+        TokenMint(settings_for("-").section(MintSettings), ring, clock=lambda s=s: now + s).make_access(
+            Subject(7, 1), SESSION, 1, "j"
+        )
         for s in (0, PUBLISH_S + 10)
     ]
     # By a replica whose clock is between theirs.
-    mint = TokenMint(settings_for("-"), ring, clock=lambda: now + PUBLISH_S)
+    mint = TokenMint(settings_for("-").section(MintSettings), ring, clock=lambda: now + PUBLISH_S)
     assert [mint.read_access(token).user_id for token in tokens] == [7, 7]
 
 
@@ -248,7 +250,7 @@ async def test_a_previous_key_stays_until_its_last_token_has_expired(
 
 async def test_a_deleted_keys_tokens_are_refused(keeper: KeyKeeper, database: Database) -> None:
     ring = await keeper.load()
-    mint = TokenMint(settings_for("-"), ring)
+    mint = TokenMint(settings_for("-").section(MintSettings), ring)
     token = mint.make_access(Subject(7, 1), SESSION, 1, "jti")
     await keeper.rotate()
     await let_pass(database, PUBLISH_S + ACCESS_TTL_S + MARGIN_S + 60)
@@ -276,7 +278,7 @@ async def test_a_replica_whose_clock_is_wrong_takes_no_key_from_the_others(
 ) -> None:
     healthy = await make_keeper()
     ring = await healthy.load()
-    mint = TokenMint(settings_for("-"), ring)
+    mint = TokenMint(settings_for("-").section(MintSettings), ring)
     token = mint.make_access(Subject(7, 1), SESSION, 1, "jti")
     await healthy.rotate()
     before = await rows(database)

@@ -25,7 +25,7 @@ from authd.errors import InvalidCredentials, LoginLocked, Refusal, RegistrationL
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.redis.client import RedisClient, open_redis
 from authd.login.password import Checked
-from authd.login.redis import Forgiven, Outcome, Reserved, Throttle
+from authd.login.redis import Forgiven, Outcome, Reserved, Throttle, ThrottleSettings
 from authd.passwords.formats import hash_password
 from authd.tokens.device import DEVICE_TTL_S
 from authd.tokens.ring import KeyRing
@@ -266,7 +266,9 @@ async def test_a_dead_replicas_reservations_come_back(make: Make) -> None:
     defence = await make(max_login_attempts=2)
     user = await defence.new_user()
     async with open_redis(defence.settings) as redis:
-        dying = Throttle(redis, defence.settings, defence.services.ring.digest_key(), reservation_ttl_s=0.5)
+        dying = Throttle(
+            redis, defence.settings.section(ThrottleSettings), defence.services.ring.digest_key(), reservation_ttl_s=0.5
+        )
         for _ in range(2):
             assert isinstance(await dying.reserve(HOME, user.username), Reserved)
     # It waits for what the dead one reserved, and is not refused.

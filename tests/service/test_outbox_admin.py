@@ -76,7 +76,7 @@ async def test_a_poisonous_event_is_set_aside_and_its_users_later_ones_go_on(
             assert "waiting: 0, " in told
             assert f"\n{poison}  user.enabled  channel=events  user={POISONED}  attempts={TRIES_MAX}  error=" in told
             assert SECRET_TEXT not in told
-            watch = OutboxWatch(poisoned, node.remembered.outbox)
+            watch = OutboxWatch(node.remembered.outbox, poisoned.outbox_degraded_s)
             await watch._measure()
             assert REGISTRY.get_sample_value("authd_outbox_parked") == 1
             assert (watch.oldest_s, watch.is_late) == (0.0, False)
@@ -164,7 +164,7 @@ async def test_a_retried_revocation_never_stands_over_a_newer_one(
 
 
 async def test_what_waits_too_long_is_late_and_what_is_set_aside_is_not(node: Node, settings: Settings) -> None:
-    watch = OutboxWatch(settings, node.remembered.outbox)
+    watch = OutboxWatch(node.remembered.outbox, settings.outbox_degraded_s)
     [row] = await add(node, POISONED, 1)
     await watch._measure()
     assert not watch.is_late

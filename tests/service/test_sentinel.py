@@ -33,7 +33,7 @@ from authd.embedded.processes import free_port
 from authd.embedded.redis import _find_program
 from authd.errors import Unavailable
 from authd.infra.redis.client import RedisClient, open_redis
-from authd.sessions.redis import Live, Opened, Owner, SessionStore
+from authd.sessions.redis import Live, Opened, Owner, SessionSettings, SessionStore
 from authd.tokens.mac import Subject
 
 SERVICE = "authd-redis"
@@ -167,7 +167,7 @@ async def connect(stack: AsyncExitStack, url: str, guard: BlockBuster) -> Replic
     settings = settings_for(url)
     client = await stack.enter_async_context(open_redis(settings))
     with unguarded(guard):
-        return Replica(client, SessionStore(client, settings))
+        return Replica(client, SessionStore(client, settings.section(SessionSettings)))
 
 
 @pytest.fixture

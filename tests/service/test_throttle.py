@@ -20,9 +20,9 @@ from authd.config import Secret, Settings
 from authd.embedded import RedisServer
 from authd.errors import LoginLocked, Unavailable
 from authd.infra.redis.client import RedisClient, open_redis
-from authd.login.redis import DIGEST_BYTES, Locked, Outcome, Reserved, Throttle, Wait
+from authd.login.redis import DIGEST_BYTES, Locked, Outcome, Reserved, Throttle, ThrottleSettings, Wait
 from authd.passwords.formats import Effort, hash_password, verify_password
-from authd.passwords.hasher import Admission, Hasher, Job
+from authd.passwords.hasher import Admission, Hasher, HashSettings, Job
 
 ADDRESS, ACCOUNT = "192.0.2.1", "somebody@example.org"
 PASSWORD = "correct horse"
@@ -33,7 +33,7 @@ FAILED, SUCCEEDED, RELEASED = Outcome.FAILED, Outcome.SUCCEEDED, Outcome.RELEASE
 
 
 def throttle_of(client: RedisClient, settings: Settings, **changes: Any) -> Throttle:
-    return Throttle(client, settings, DIGEST_KEY, **changes)
+    return Throttle(client, settings.section(ThrottleSettings), DIGEST_KEY, **changes)
 
 
 @pytest.fixture(autouse=True)
@@ -337,7 +337,7 @@ async def test_a_copy_of_redis_tells_nothing_of_a_username_without_the_key(
     # With the key it is the same everywhere, and with another nobody's.
     await fail(throttle_of(client, make_settings()))
     assert set(await state(raw, deployment)) == keys
-    await fail(Throttle(client, make_settings(), bytes(reversed(DIGEST_KEY))))
+    await fail(Throttle(client, make_settings().section(ThrottleSettings), bytes(reversed(DIGEST_KEY))))
     digests = [key.rpartition(b":")[2] for key in await state(raw, deployment)]
     assert len(digests) == len(set(digests)) == 2 * len(keys)
 
@@ -532,7 +532,9 @@ async def replicas(settings: Settings, count: int = 1) -> AsyncIterator[list[Rep
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(open_redis(settings)) for _ in range(count)]
         tree = await stack.enter_async_context(anyio.create_task_group())
-        made = [Replica(Hasher(settings), throttle_of(client, settings), stored) for client in clients]
+        made = [
+            Replica(Hasher(settings.section(HashSettings)), throttle_of(client, settings), stored) for client in clients
+        ]
         for replica in made:
             await tree.start(replica.hasher.run)
         yield made

@@ -428,3 +428,23 @@ def test_workers_share_threads_and_pools(make_settings) -> None:
     crowded = make_settings(workers=64, hash_threads=1, database_pool_max=2, redis_pool_max=2)
     assert crowded.hash_threads_per_worker == 1
     assert crowded.database_pool_per_worker == crowded.redis_pool_per_worker == 2
+
+
+class Part(msgspec.Struct, frozen=True):
+    redis_timeout_s: float
+    hash_threads_per_worker: int
+
+
+def test_a_section_has_the_values_of_its_fields_and_of_no_other(required: dict[str, str]) -> None:
+    settings = parse_settings(
+        required | {"AUTHD_REDIS_TIMEOUT_S": "2", "AUTHD_HASH_THREADS": "6", "AUTHD_WORKERS": "3"}
+    )
+    assert settings.section(Part) == Part(redis_timeout_s=2.0, hash_threads_per_worker=2)
+
+
+@pytest.mark.parametrize(("brokers", "entries"), [("", 0), ("127.0.0.1:9092", 500)])
+def test_streams_take_events_only_where_kafka_is_configured(
+    brokers: str, entries: int, required: dict[str, str]
+) -> None:
+    settings = parse_settings(required | {"AUTHD_STREAM_MAX": "500", "AUTHD_KAFKA_BOOTSTRAP_SERVERS": brokers})
+    assert settings.event_stream_max == entries

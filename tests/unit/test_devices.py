@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from authd.config import Secret, Settings
 from authd.infra.encoding import decode_base64url, encode_base64url
-from authd.tokens.access import TokenMint
+from authd.tokens.access import MintSettings, TokenMint
 from authd.tokens.device import DEVICE_ID_BYTES, DEVICE_TTL_S, Device, DeviceMint
 from authd.tokens.mac import Subject
 from authd.tokens.refresh import RefreshToken
@@ -135,7 +135,7 @@ def test_another_key_or_one_that_is_gone_makes_it_worthless(mint: DeviceMint, cl
 
 def test_the_mac_of_one_kind_of_token_proves_none_of_the_other(mint: DeviceMint, clock: Clock) -> None:
     settings = Settings(database_url=Secret("-"), redis_url=Secret("-"), secret=Secret("-"))
-    refresh = TokenMint(settings, KeyRing([], [KEY]), clock)
+    refresh = TokenMint(settings.section(MintSettings), KeyRing([], [KEY]), clock)
     token = refresh.make_refresh(
         RefreshToken(
             key_id=1,

@@ -5,14 +5,11 @@ from datetime import UTC, datetime, timedelta, timezone
 import msgspec
 import pytest
 
-from authd.config import Secret, Settings
 from authd.events.contract import Event
 from authd.events.factory import EventFactory
 
 #: Without brokers: only the contract's events are promised.
-EVENTS = EventFactory(
-    Settings(database_url=Secret("-"), redis_url=Secret("-"), secret=Secret("-"), kafka_bootstrap_servers=())
-)
+EVENTS = EventFactory(has_broker=False, access_ttl_s=1800)
 REGISTERED_AT = datetime(2026, 11, 23, 9, 5, 7, 120_000, tzinfo=UTC)
 
 

@@ -20,6 +20,7 @@ from authd.tokens.access import (
     CLOCKS_APART_S,
     ExpiredToken,
     InvalidToken,
+    MintSettings,
     TokenMint,
     decode_base64url,
     encode_base64url,
@@ -86,7 +87,7 @@ def make_ring() -> KeyRing:
 def make_mint(make_settings: Callable[..., Settings], algorithm: str = "ES256", **fields: object) -> TokenMint:
     secret = {"jwt_secret": SHARED} if algorithm == "HS256" else {}
     settings = make_settings(jwt_algorithm=algorithm, issuer="https://auth.test", **secret, **fields)
-    return TokenMint(settings, make_ring(), Clock())
+    return TokenMint(settings.section(MintSettings), make_ring(), Clock())
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_an_audience_appears_only_when_one_is_set(make_settings) -> None:
 
 def test_the_old_services_decode_hs256_tokens_as_ever(make_settings) -> None:
     settings = make_settings(jwt_algorithm="HS256", jwt_secret=SHARED)
-    token = TokenMint(settings, make_ring()).make_access(ADA, SESSION, 1, "j")
+    token = TokenMint(settings.section(MintSettings), make_ring()).make_access(ADA, SESSION, 1, "j")
     assert int(python_jose.decode(token, SHARED, algorithms=["HS256"])["sub"]) == 42
     assert int(pyjwt.decode(token, SHARED, algorithms=["HS256"])["sub"]) == 42
 
@@ -174,7 +175,9 @@ def test_the_old_services_decode_hs256_tokens_as_ever(make_settings) -> None:
 @pytest.mark.parametrize(("algorithm", "name"), [("ES256", "ES256"), ("Ed25519", "EdDSA")])
 def test_a_verifier_needs_only_the_published_key(make_settings, algorithm: str, name: str) -> None:
     ring = make_ring()
-    token = TokenMint(make_settings(jwt_algorithm=algorithm), ring).make_access(ADA, SESSION, 1, "j")
+    token = TokenMint(make_settings(jwt_algorithm=algorithm).section(MintSettings), ring).make_access(
+        ADA, SESSION, 1, "j"
+    )
     kid = pyjwt.get_unverified_header(token)["kid"]
     [published] = [key for key in ring.jwks()["keys"] if key["kid"] == kid]
     # PyJWT knows Ed25519 by its older name, which the header does not use.
@@ -188,7 +191,7 @@ def test_a_verifier_needs_only_the_published_key(make_settings, algorithm: str, 
 
 def test_an_access_token_ends_with_its_last_second(make_settings) -> None:
     clock = Clock()
-    mint = TokenMint(make_settings(access_ttl_s=60), make_ring(), clock)
+    mint = TokenMint(make_settings(access_ttl_s=60).section(MintSettings), make_ring(), clock)
     token = mint.make_access(ADA, SESSION, 1, "j")
     clock.now = NOW + 59.9
     mint.read_access(token)
@@ -438,10 +441,10 @@ def test_a_refresh_token_comes_back_from_equal_bytes(make_settings, token: Refre
 def test_equal_fields_give_equal_bytes_on_every_replica_and_after_a_rotation(make_settings) -> None:
     """So the repeated answer is the same successor, also when the MAC key rotated within the grace."""
     settings = make_settings()
-    first, second = (TokenMint(settings, make_ring(), Clock()) for _ in range(2))
+    first, second = (TokenMint(settings.section(MintSettings), make_ring(), Clock()) for _ in range(2))
     text = first.make_refresh(TOKEN)
     clock = Clock(NOW + 200)
-    later = TokenMint(settings, make_ring(), clock)
+    later = TokenMint(settings.section(MintSettings), make_ring(), clock)
     assert later.mac_key_id() == 2
     assert second.make_refresh(TOKEN) == later.make_refresh(TOKEN) == text
 
@@ -474,7 +477,7 @@ def test_a_refresh_token_of_version_1_is_read_and_knows_no_incarnation(mint: Tok
 
 def test_a_refresh_token_ends_with_its_last_millisecond(make_settings) -> None:
     clock = Clock()
-    mint = TokenMint(make_settings(), make_ring(), clock)
+    mint = TokenMint(make_settings().section(MintSettings), make_ring(), clock)
     text = mint.make_refresh(TOKEN)
     clock.now = NOW + 59.999
     assert mint.read_refresh(text) == TOKEN
@@ -550,7 +553,7 @@ def test_base64url_has_one_text(text: str) -> None:
 def test_a_key_is_published_at_once_and_signs_from_its_time(make_settings) -> None:
     clock = Clock()
     ring = KeyRing([signing("es-2", NOW + 100), signing("es-1")], [MAC_2, MAC_1])
-    mint = TokenMint(make_settings(), ring, clock)
+    mint = TokenMint(make_settings().section(MintSettings), ring, clock)
     assert {key["kid"] for key in ring.jwks()["keys"]} == {"es-1", "es-2"}
     old = mint.make_access(ADA, SESSION, 1, "j")
     assert json.loads(split(old)[0])["kid"] == "es-1"
@@ -565,7 +568,7 @@ def test_a_key_is_published_at_once_and_signs_from_its_time(make_settings) -> No
 
 def test_a_clock_that_is_behind_every_key_signs_with_the_oldest(make_settings) -> None:
     ring = KeyRing([signing("es-2", NOW + 100), signing("es-1", NOW + 50)], [MacKey(1, b"m" * 32, NOW + 50), MAC_2])
-    mint = TokenMint(make_settings(), ring, Clock(NOW - 3600))
+    mint = TokenMint(make_settings().section(MintSettings), ring, Clock(NOW - 3600))
     assert mint.read_access(mint.make_access(ADA, SESSION, 1, "j")).subject == ADA
     assert ring.signing_key("ES256", NOW - 3600).kid == "es-1"
     assert mint.mac_key_id() == 1
@@ -580,7 +583,10 @@ def test_a_derived_key_is_its_purposes_own_and_no_key_shows() -> None:
 def test_a_replica_that_does_not_sign_with_a_key_yet_proves_with_it(make_settings) -> None:
     """Clocks differ: a replica ahead signs with the new key first."""
     keys = [signing("es-1"), signing("es-2", NOW + 100)]
-    ahead, behind = (TokenMint(make_settings(), KeyRing(keys, [MAC_1, MAC_2]), Clock(NOW + s)) for s in (100, 0))
+    ahead, behind = (
+        TokenMint(make_settings().section(MintSettings), KeyRing(keys, [MAC_1, MAC_2]), Clock(NOW + s))
+        for s in (100, 0)
+    )
     assert behind.read_access(ahead.make_access(ADA, SESSION, 1, "j")).user_id == 42
     token = msgspec.structs.replace(TOKEN, key_id=ahead.mac_key_id())
     assert behind.read_refresh(ahead.make_refresh(token)) == token
@@ -588,7 +594,7 @@ def test_a_replica_that_does_not_sign_with_a_key_yet_proves_with_it(make_setting
 
 def test_a_replaced_ring_counts_at_once_and_a_retired_key_proves_nothing(make_settings) -> None:
     ring = KeyRing([signing("es-1")], [MAC_1])
-    mint = TokenMint(make_settings(), ring, Clock())
+    mint = TokenMint(make_settings().section(MintSettings), ring, Clock())
     access, refresh = mint.make_access(ADA, SESSION, 1, "j"), mint.make_refresh(TOKEN)
     ring.replace([signing("es-2")], [MacKey(3, b"3" * 32, 0)])
     for read, text in ((mint.read_access, access), (mint.read_refresh, refresh)):

@@ -30,7 +30,7 @@ from aiokafka.conn import collect_hosts
 from anyio import TASK_STATUS_IGNORED, CancelScope
 from anyio.abc import TaskStatus
 
-from authd.config import ConfigError, Settings
+from authd.config import ConfigError, Secret
 from authd.events.contract import Event
 from authd.infra.observe import metrics
 from authd.infra.tasks.backoff import Backoff
@@ -73,13 +73,23 @@ class RecordRefused(Exception):
     """The broker answers, and will never take this record. It has not arrived."""
 
 
+class KafkaSettings(msgspec.Struct, frozen=True):
+    kafka_bootstrap_servers: tuple[str, ...]
+    kafka_timeout_s: float
+    kafka_security_protocol: str
+    kafka_sasl_mechanism: str
+    kafka_username: str
+    kafka_password: Secret
+    kafka_ca_file: str
+
+
 class Producer:
     """Sends events, one acknowledgement for each. `run` is a task of the tree; without it nothing connects.
 
     :raises ConfigError: where the Kafka settings cannot be used.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: KafkaSettings) -> None:
         self._timeout_s = settings.kafka_timeout_s
         self._options = _options(settings)
         self._connection: _Connection | None = None
@@ -324,7 +334,7 @@ class _Connection:
             self._requests.discard(task)
 
 
-def _options(settings: Settings) -> dict[str, Any]:
+def _options(settings: KafkaSettings) -> dict[str, Any]:
     servers = list(settings.kafka_bootstrap_servers)
     try:
         collect_hosts(servers)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import anyio
+import msgspec
 import structlog
 from redis import exceptions as redis_errors
 from redis.asyncio import ConnectionPool, Redis, RedisCluster
@@ -106,10 +107,16 @@ async def _info(connection: Any, section: str, wanted: re.Pattern[bytes]) -> str
     return None
 
 
+class RedisSettings(msgspec.Struct, frozen=True):
+    deployment: str
+    redis_timeout_s: float
+    redis_pool_per_worker: int
+
+
 class RedisClient:
     """Runs scripts. Every method raises `Unavailable("session_store")` within `redis_timeout_s` when it cannot."""
 
-    def __init__(self, client: Redis | RedisCluster, servers: Servers, settings: Settings) -> None:
+    def __init__(self, client: Redis | RedisCluster, servers: Servers, settings: RedisSettings) -> None:
         self._client = client
         self._servers = servers
         self._timeout_s = settings.redis_timeout_s
@@ -258,7 +265,7 @@ async def open_redis(settings: Settings) -> AsyncGenerator[RedisClient, None]:
     except ValueError:  # redis-py's, of a parameter: its text may repeat the value
         raise ConfigError("AUTHD_REDIS_URL has a parameter with an unusable value.") from None
     try:
-        yield RedisClient(client, servers, settings)
+        yield RedisClient(client, servers, settings.section(RedisSettings))
     finally:
         with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
             await client.aclose()
