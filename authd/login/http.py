@@ -4,7 +4,7 @@ from quart import Blueprint, Response, request
 
 from authd.accounts.registration import Accounts
 from authd.config import Settings
-from authd.infra.http.address import bearer_token, find_client
+from authd.infra.http.address import bearer_token, find_caller
 from authd.infra.http.cors import refuse_cross_site
 from authd.infra.http.reading import (
     RefreshRequest,
@@ -27,23 +27,23 @@ def make_credentials(settings: Settings, accounts: Accounts, sessions: Sessions)
         # A body without a type is JSON here, for old clients, and a page may send one without asking.
         refuse_cross_site(request, settings.cors_origins)
         body = await read_json(request, RegisterRequest)
-        client = find_client(request, settings.trusted_proxies)
-        profile = await accounts.register(body.username, body.password, body.full_name or "", client.address)
+        caller = find_caller(request, settings.trusted_proxies)
+        profile = await accounts.register(body.username, body.password, body.full_name or "", caller.address)
         return json_response(profile, 201)
 
     @routes.post("/login")
     async def login() -> Response:
         refuse_cross_site(request, settings.cors_origins)
         form = await read_form(request, "username", "password")
-        client = find_client(request, settings.trusted_proxies)
+        caller = find_caller(request, settings.trusted_proxies)
         device_token = form.get("device_token") or request.headers.get("X-Device-Token", "")
-        return _tokens(await sessions.login(form["username"], form["password"], client, device_token))
+        return _tokens(await sessions.login(form["username"], form["password"], caller, device_token))
 
     @routes.post("/refresh_token")
     async def refresh_token() -> Response:
         body = await read_json(request, RefreshRequest)
-        client = find_client(request, settings.trusted_proxies)
-        return _tokens(await sessions.refresh(body.refresh_token, client))
+        caller = find_caller(request, settings.trusted_proxies)
+        return _tokens(await sessions.refresh(body.refresh_token, caller))
 
     @routes.post("/logout")
     async def logout() -> Response:

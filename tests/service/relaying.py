@@ -13,11 +13,12 @@ from blockbuster import BlockBuster
 
 from authd.config import BUCKETS, Secret, Settings
 from authd.events.publisher import Publisher
+from authd.infra.caller import Caller
 from authd.infra.kafka.producer import Producer
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.redis.client import RedisClient, open_redis
 from authd.sessions.feed import RevocationFeed
-from authd.sessions.redis import Client, LiveSession, Opened, Owner
+from authd.sessions.redis import LiveSession, Opened, Owner
 from authd.sessions.relay import SWEEP_S, EventRelay
 from authd.stores import PostgresStores, RedisStores
 from authd.tokens.mac import Subject
@@ -25,7 +26,7 @@ from authd.tokens.refresh import SESSION_ID_BYTES, RefreshToken
 
 PATIENCE_S = 60.0
 POLL_S = 0.02
-CLIENT = Client("192.0.2.1", "a browser")
+CLIENT = Caller("192.0.2.1", "a browser")
 KEY_ID = 1
 DIGEST_KEY = bytes(32)
 

@@ -21,6 +21,7 @@ from redis.commands.core import AsyncScript
 from authd.config import BUCKETS, Secret, Settings
 from authd.embedded import PostgresServer
 from authd.errors import RefreshRefused, Refusal, Unavailable, UserDisabled
+from authd.infra.caller import Caller
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.postgres.migrate import migrate
 from authd.infra.redis.client import RedisClient, open_redis
@@ -30,7 +31,7 @@ from authd.passwords.formats import hash_password
 from authd.passwords.hasher import Hasher
 from authd.sessions.feed import RevocationFeed
 from authd.sessions.postgres import Revocations
-from authd.sessions.redis import Client, Owner, SessionStore
+from authd.sessions.redis import Owner, SessionStore
 from authd.sessions.relay import EventRelay
 from authd.sessions.sessions import Sessions, TokenPair
 from authd.stores import PostgresStores, RedisStores
@@ -46,7 +47,7 @@ from authd.users.redis import UserCache
 PASSWORD = "correct horse"
 COST = 4
 PASSWORD_HASH = hash_password(PASSWORD, COST)
-CLIENT = Client("192.0.2.1", "a browser")
+CLIENT = Caller("192.0.2.1", "a browser")
 PATIENCE_S = 30.0
 GRACE_S = 10
 JWT_SECRET = Secret("j" * 32)
@@ -118,15 +119,15 @@ class Replica:
             self.relay.offer,
         )
 
-    async def login(self, user: User, password: str = PASSWORD, client: Client = CLIENT) -> TokenPair:
-        return await self.sessions.login(user.username, password, client)
+    async def login(self, user: User, password: str = PASSWORD, caller: Caller = CLIENT) -> TokenPair:
+        return await self.sessions.login(user.username, password, caller)
 
-    async def open(self, user: User, client: Client = CLIENT) -> TokenPair:
+    async def open(self, user: User, caller: Caller = CLIENT) -> TokenPair:
         """A login whose password is known to be right, for tests with thousands of them."""
-        return await self.sessions._open(user, client)
+        return await self.sessions._open(user, caller)
 
-    async def refresh(self, refresh_token: str, client: Client = CLIENT) -> TokenPair:
-        return await self.sessions.refresh(refresh_token, client)
+    async def refresh(self, refresh_token: str, caller: Caller = CLIENT) -> TokenPair:
+        return await self.sessions.refresh(refresh_token, caller)
 
     async def outcome(self, refresh_token: str) -> str:
         """The code of a refresh's refusal, or `ok`."""
