@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl
 import msgspec
 from quart import Request, Response
 
-from authd.errors import InvalidRequest, MalformedRequest, Refusal
+from authd.errors import InvalidRequest, MalformedRequest, Refusal, UnsupportedMediaType
 from authd.sessions.sessions import LogoutScope, SessionView
 
 FORM_FIELDS_MAX = 32
@@ -41,14 +41,6 @@ class SessionsReply(msgspec.Struct):
 
 class StatusReply(msgspec.Struct):
     status: str = "success"
-
-
-class UnsupportedMediaType(Refusal):
-    code = "unsupported_media_type"
-
-    def __init__(self, wanted: str) -> None:
-        self.detail = f"The body must be {wanted}."
-        super().__init__()
 
 
 Body = TypeVar("Body", bound=msgspec.Struct)
