@@ -17,35 +17,41 @@ from typing import Any
 import anyio
 import structlog
 
+from authd.accounts.http import make_account_endpoints
 from authd.accounts.registration import Accounts
 from authd.config import Settings
 from authd.errors import Unavailable
 from authd.events.publisher import FLUSH_S, OutboxWatch, Publisher
 from authd.infra.clocks import ClockWatch, WrongClock
 from authd.infra.http.app import App
-from authd.infra.http.openapi import make_openapi
+from authd.infra.http.endpoint import Endpoint
+from authd.infra.http.openapi import make_openapi_endpoints
+from authd.infra.http.operations import make_operation_endpoints, make_probe_endpoints
 from authd.infra.http.server.listening import Listeners
 from authd.infra.http.server.server import HttpServer
 from authd.infra.kafka.producer import Producer
 from authd.infra.observe.health import Health
-from authd.infra.observe.http import make_inner_operations, make_operations
 from authd.infra.observe.logs import flush_logs
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.postgres.migrate import MIGRATION_ERRORS, NOT_READY, migrate
 from authd.infra.redis.client import RedisClient, open_redis
-from authd.login.http import make_credentials
+from authd.login.http import make_login_endpoints
 from authd.login.password import PasswordCheck
 from authd.oauth.clients import ClientRegistry
-from authd.oauth.http import make_oauth
+from authd.oauth.http import make_oauth_endpoints
 from authd.oauth.introspection import TokenDesk
 from authd.passwords.hasher import Hasher
 from authd.sessions.feed import RevocationFeed
+from authd.sessions.http import make_session_endpoints
 from authd.sessions.relay import EventRelay
 from authd.sessions.sessions import Sessions
 from authd.stores import PostgresStores, RedisStores
 from authd.tokens.access import TokenMint
 from authd.tokens.device import DeviceMint
+from authd.tokens.http import make_key_endpoints
 from authd.tokens.keeper import KeyKeeper, SealedByAnotherSecret
+from authd.tokens.ring import KeyRing
+from authd.users.http import make_user_endpoints
 
 #: Time after all deadlines of a shutdown at which the process ends without ceremony.
 LAST_RESORT_S = 10.0
@@ -121,14 +127,10 @@ async def _serve(
         oldest_s=lambda: outbox.oldest_s,
     )
     accounts = Accounts(remembered.users, hasher, decided.throttle, offer_lane)
+    desk = TokenDesk(mint, sessions)
     app = App(
         settings,
-        [
-            make_credentials(settings, accounts, sessions),
-            make_oauth(settings, ClientRegistry(remembered.clients), TokenDesk(mint, sessions)),
-            make_operations(settings, health, ring),
-            make_openapi(settings),
-        ],
+        make_endpoints(settings, accounts, sessions, ClientRegistry(remembered.clients), desk, ring, health),
     )
     _log.info("trusted_proxies", networks=[str(network) for network in settings.trusted_proxies])
     async with AsyncExitStack() as tree:
@@ -152,6 +154,28 @@ async def _serve(
         _log.info("stopping")
 
 
+def make_endpoints(
+    settings: Settings,
+    accounts: Accounts,
+    sessions: Sessions,
+    registry: ClientRegistry,
+    desk: TokenDesk,
+    ring: KeyRing,
+    health: Health,
+) -> list[Endpoint]:
+    """Return what is served at `AUTHD_BIND`: with `AUTHD_OPERATIONS_BIND` nothing of it is for operators alone."""
+    endpoints = [
+        *make_account_endpoints(settings, accounts),
+        *make_login_endpoints(settings, sessions),
+        *make_session_endpoints(settings, sessions),
+        *make_user_endpoints(sessions.profile),
+        *make_oauth_endpoints(settings, registry, desk),
+        *make_key_endpoints(settings, ring),
+        *(make_probe_endpoints(health) if settings.operations_bind else make_operation_endpoints(health)),
+    ]
+    return [*endpoints, *make_openapi_endpoints(settings.issuer, endpoints)]
+
+
 @asynccontextmanager
 async def running(
     task: Callable[..., Coroutine[Any, Any, None]], *, last: Callable[[], Awaitable[None]] | None = None
@@ -170,7 +194,7 @@ async def _serving(app: App, listeners: Listeners, settings: Settings, health: H
     apps = [app]
     async with AsyncExitStack() as servers:
         if listeners.operations is not None:  # it stops last, to tell of the drain
-            inner = App(settings, [make_inner_operations(health)])
+            inner = App(settings, make_operation_endpoints(health))
             apps.append(inner)
             server = HttpServer(inner, settings, connections_max=OPERATIONS_CONNECTIONS_MAX, drain_s=OPERATIONS_DRAIN_S)
             await servers.enter_async_context(server.serving(listeners.operations))

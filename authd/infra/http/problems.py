@@ -9,8 +9,9 @@ from authd.errors import InvalidClient, InvalidRequest, Kind, Refusal, Unavailab
 
 MEDIA_TYPE = "application/problem+json"
 
-#: Every answer is data: nothing in it may be sniffed, framed, run or embedded elsewhere. As bytes, for the server adds
-#: them to every answer, and the application need not handle them.
+#: An answer is data unless its endpoint says otherwise: nothing in it may be sniffed, framed, run or embedded
+#: elsewhere. As bytes, for the server adds those that an answer does not bring, and the application need not handle
+#: them.
 SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
