@@ -8,7 +8,7 @@ from quart import Request, Response
 
 from authd.config import Settings
 from authd.errors import LoginLocked, RefreshRefused, UserDisabled
-from authd.infra.http.app import App
+from authd.infra.http.app import App, IgnoredHook
 from authd.infra.http.endpoint import BEARER, NO_STORE, PUBLIC, Endpoints
 from authd.infra.http.replies import json_response
 
@@ -65,6 +65,18 @@ def test_an_endpoint_that_is_declared_twice_stops_the_start(make_settings: Calla
 
     with pytest.raises(AssertionError):
         App(make_settings(), [*first.declared, *second.declared])
+
+
+def test_a_route_that_is_no_declared_endpoint_stops_the_start(make_settings: Callable[..., Settings]) -> None:
+    app = App(make_settings(), [])
+    app.refuse_hooks()
+
+    @app.get("/hidden")
+    async def hidden() -> Response:
+        return json_response({})
+
+    with pytest.raises(IgnoredHook, match="/hidden"):
+        app.refuse_hooks()
 
 
 def test_a_code_that_is_none_stops_the_start() -> None:

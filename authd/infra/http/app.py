@@ -76,7 +76,7 @@ class _Request(Request):
 
 class _Context(RequestContext):
     async def _push(self) -> None:
-        """Without the session that Quart would open, for there are no cookies here."""
+        """Without the session that Quart would open: it is a cookie, and an endpoint declares its own."""
         self.match_request()
 
     def match_request(self) -> None:
