@@ -17,8 +17,9 @@ from redis.asyncio import Redis
 
 from authd.config import Secret, Settings
 from authd.embedded import RedisServer
+from authd.infra.caller import USER_AGENT_BYTES_MAX, Caller
 from authd.infra.redis.client import open_redis
-from authd.sessions.redis import USER_AGENT_BYTES_MAX, Client, Opened, Owner, SessionSettings, SessionStore
+from authd.sessions.redis import Opened, Owner, SessionSettings, SessionStore
 from authd.tokens.mac import Subject
 
 BYTES_MAX = 300
@@ -78,8 +79,8 @@ async def open_sessions(store: SessionStore, users: "range | list[int]") -> None
 
     async def open_some() -> None:
         for user_id in waiting:  # shared: each takes the next
-            client = Client(f"203.0.113.{user_id % 256}", USER_AGENT)
-            answer = await store.open(Owner(Subject(user_id, 1), EPOCH, 0), secrets.token_bytes(16), KEY, client, 0)
+            caller = Caller(f"203.0.113.{user_id % 256}", USER_AGENT)
+            answer = await store.open(Owner(Subject(user_id, 1), EPOCH, 0), secrets.token_bytes(16), KEY, caller, 0)
             assert isinstance(answer, Opened) and not answer.evicted, answer
 
     async with anyio.create_task_group() as group:

@@ -1,72 +1,51 @@
-"""Register, log in, refresh, log out, who am I, and where am I logged in."""
+"""The endpoint that opens a session for whoever knows a password."""
 
-from quart import Blueprint, Response, request
+from typing import Annotated
 
-from authd.accounts.registration import Accounts
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+from quart import Request, Response
+
 from authd.config import Settings
-from authd.infra.http.address import bearer_token, find_client
+from authd.errors import CrossSite, InvalidCredentials, LoginLocked, SessionLimit
+from authd.infra.http.address import find_caller
 from authd.infra.http.cors import refuse_cross_site
-from authd.infra.http.reading import (
-    RefreshRequest,
-    RegisterRequest,
-    SessionsReply,
-    StatusReply,
-    json_response,
-    read_form,
-    read_json,
-    read_logout_scope,
-)
-from authd.sessions.sessions import Sessions, TokenPair
+from authd.infra.http.endpoint import FORM, NO_STORE, PUBLIC, STORES_UNAVAILABLE, Endpoint, Endpoints
+from authd.infra.http.reading import read_form
+from authd.infra.http.replies import json_response
+from authd.sessions.sessions import LoginPair, Sessions
 
 
-def make_credentials(settings: Settings, accounts: Accounts, sessions: Sessions) -> Blueprint:
-    routes = Blueprint("credentials", __name__, url_prefix="/auth")
+class LoginForm(msgspec.Struct):
+    """The password grant of OAuth 2. What is optional here is not looked at."""
 
-    @routes.post("/register")
-    async def register() -> Response:
-        # A body without a type is JSON here, for old clients, and a page may send one without asking.
-        refuse_cross_site(request, settings.cors_origins)
-        body = await read_json(request, RegisterRequest)
-        client = find_client(request, settings.trusted_proxies)
-        profile = await accounts.register(body.username, body.password, body.full_name or "", client.address)
-        return json_response(profile, 201)
+    username: Annotated[str, Meta(min_length=1)]
+    password: Annotated[str, Meta(min_length=1)]
+    grant_type: str | UnsetType = UNSET
+    scope: str | UnsetType = UNSET
+    client_id: str | UnsetType = UNSET
+    client_secret: str | UnsetType = UNSET
 
-    @routes.post("/login")
-    async def login() -> Response:
+
+def make_login_endpoints(settings: Settings, sessions: Sessions) -> list[Endpoint]:
+    endpoint = Endpoints()
+
+    @endpoint(
+        "POST",
+        "/auth/login",
+        "Open a session",
+        auth=PUBLIC,
+        body=LoginForm,
+        body_media=FORM,
+        reply=LoginPair,
+        refusals=(CrossSite, InvalidCredentials, LoginLocked, SessionLimit, "login_busy", *STORES_UNAVAILABLE),
+        cache=NO_STORE,
+    )
+    async def login(request: Request) -> Response:
         refuse_cross_site(request, settings.cors_origins)
         form = await read_form(request, "username", "password")
-        client = find_client(request, settings.trusted_proxies)
+        caller = find_caller(request, settings.trusted_proxies)
         device_token = form.get("device_token") or request.headers.get("X-Device-Token", "")
-        return _tokens(await sessions.login(form["username"], form["password"], client, device_token))
+        return json_response(await sessions.login(form["username"], form["password"], caller, device_token))
 
-    @routes.post("/refresh_token")
-    async def refresh_token() -> Response:
-        body = await read_json(request, RefreshRequest)
-        client = find_client(request, settings.trusted_proxies)
-        return _tokens(await sessions.refresh(body.refresh_token, client))
-
-    @routes.post("/logout")
-    async def logout() -> Response:
-        await sessions.logout(bearer_token(request), await read_logout_scope(request))
-        return json_response(StatusReply())
-
-    @routes.get("/sessions")
-    async def list_sessions() -> Response:
-        return json_response(SessionsReply(await sessions.list_own(bearer_token(request))))
-
-    @routes.delete("/sessions/<session_id>")
-    async def end_session(session_id: str) -> Response:
-        await sessions.end(bearer_token(request), session_id)
-        return json_response(StatusReply())
-
-    @routes.get("/me")
-    async def me() -> Response:
-        return json_response(await sessions.profile(bearer_token(request)))
-
-    return routes
-
-
-def _tokens(pair: TokenPair) -> Response:
-    response = json_response(pair)
-    response.headers["Cache-Control"] = "no-store"
-    return response
+    return endpoint.declared

@@ -12,12 +12,12 @@ from typing import Any, Literal
 import msgspec
 
 from authd.events.redis import event_stream
+from authd.infra.caller import Caller
 from authd.infra.observe import metrics
 from authd.infra.redis.client import RedisClient, bucket_of_user
 from authd.tokens.mac import Subject
 from authd.tokens.refresh import PASSWORD_FACTOR, USER_KIND, RefreshToken
 
-USER_AGENT_BYTES_MAX = 64
 #: How long Redis itself remembers an ending that the log in Postgres has: longer than any request in flight.
 TOMBSTONE_TTL_MS = 600_000
 #: How long a refused rebuild is remembered.
@@ -27,13 +27,6 @@ BURIED_TTL_MS = 60_000
 ADDRESSES_MAX = 4096
 
 _HEADER_BYTES = 44
-
-
-class Client(msgspec.Struct, frozen=True):
-    """Who holds a session: an IP address and a user agent of at most USER_AGENT_BYTES_MAX bytes."""
-
-    address: str
-    user_agent: str
 
 
 class Owner(msgspec.Struct, frozen=True):
@@ -57,11 +50,11 @@ class LiveSession(msgspec.Struct, frozen=True, kw_only=True):
     authenticated_s: int
     factors: int
     kind: int
-    packed_client: bytes
+    packed_caller: bytes
 
     @property
-    def client(self) -> Client:
-        return unpack_client(self.packed_client)
+    def caller(self) -> Caller:
+        return unpack_caller(self.packed_caller)
 
 
 class Opened(msgspec.Struct, frozen=True):
@@ -150,16 +143,16 @@ class SessionStore:
         return self._client.generation
 
     async def open(
-        self, owner: Owner, session_id: bytes, key_id: int, client: Client, revocation: int
+        self, owner: Owner, session_id: bytes, key_id: int, caller: Caller, revocation: int
     ) -> Opened | Denied:
         """Open a session after a login. `revocation`: the highest number the caller knows of the bucket's log.
 
         Denied: `stale` (the epoch is over: read the user again), `refused` (policy), `ended`.
         """
-        return await self._admit(owner, session_id, key_id, 1, 0, revocation, client, (0, PASSWORD_FACTOR, USER_KIND))
+        return await self._admit(owner, session_id, key_id, 1, 0, revocation, caller, (0, PASSWORD_FACTOR, USER_KIND))
 
     async def rebuild(
-        self, owner: Owner, token: RefreshToken, key_id: int, client: Client, revocation: int
+        self, owner: Owner, token: RefreshToken, key_id: int, caller: Caller, revocation: int
     ) -> Opened | Denied:
         """Rebuild and rotate the session of a valid token that Redis lost and Postgres did not end.
 
@@ -167,9 +160,9 @@ class SessionStore:
         """
         login = (token.authenticated_s, token.factors, token.kind)
         counter = token.counter + 1
-        return await self._admit(owner, token.session_id, key_id, counter, token.created_ms, revocation, client, login)
+        return await self._admit(owner, token.session_id, key_id, counter, token.created_ms, revocation, caller, login)
 
-    async def rotate(self, token: RefreshToken, key_id: int, client: Client, revocation: int) -> Rotated | Denied:
+    async def rotate(self, token: RefreshToken, key_id: int, caller: Caller, revocation: int) -> Rotated | Denied:
         """Exchange a token for its successor.
 
         Denied: `superseded`, `reused` (the session ended now), `ended`, `expired`, `unknown`.
@@ -188,7 +181,7 @@ class SessionStore:
             self._grace_ms,
             self._ttl_ms,
             self._session_ttl_ms,
-            _pack_client(client),
+            _pack_caller(caller),
             token.expires_ms,
             *token.subject,
         )
@@ -261,7 +254,7 @@ class SessionStore:
         counter: int,
         created_ms: int,
         revocation: int,
-        client: Client,
+        caller: Caller,
         login: tuple[int, int, int],
     ) -> Opened | Denied:
         subject, bucket = owner.subject, bucket_of_user(owner.subject.user_id)
@@ -280,7 +273,7 @@ class SessionStore:
             self._session_ttl_ms,
             self._cap,
             self._refuse,
-            _pack_client(client),
+            _pack_caller(caller),
             subject.user_id,
             self._stream_max,
             subject.incarnation,
@@ -302,12 +295,6 @@ class SessionStore:
         return self._client.key(bucket_of_user(user_id), f"user:{user_id}")
 
 
-def shorten_user_agent(text: str) -> str:
-    """At most USER_AGENT_BYTES_MAX bytes of printable text."""
-    printable = text if text.isprintable() else "".join(character for character in text if character.isprintable())
-    return printable.encode("utf-8", "replace")[:USER_AGENT_BYTES_MAX].decode("utf-8", "ignore")
-
-
 def _count(reply: list[Any]) -> str:
     status: str = reply[0].decode()
     metrics.sessions.labels(status).inc()
@@ -321,10 +308,10 @@ def _denied(status: str, reply: list[Any]) -> Denied:
     return msgspec.convert({"status": status, "reason": reason}, Denied)
 
 
-def unpack_client(packed: bytes) -> Client:
-    """What `_pack_client` packed: the address's length, the address, the user agent."""
+def unpack_caller(packed: bytes) -> Caller:
+    """What `_pack_caller` packed: the address's length, the address, the user agent."""
     end = 1 + packed[0]
-    return Client(_unpack_address(packed[1:end]), packed[end:].decode("utf-8", "replace"))
+    return Caller(_unpack_address(packed[1:end]), packed[end:].decode("utf-8", "replace"))
 
 
 @lru_cache(ADDRESSES_MAX)
@@ -337,9 +324,9 @@ def _unpack_address(packed: bytes) -> str:
     return str(ip_address(packed))
 
 
-def _pack_client(client: Client) -> bytes:
-    address = _pack_address(client.address)
-    return bytes([len(address)]) + address + client.user_agent.encode()
+def _pack_caller(caller: Caller) -> bytes:
+    address = _pack_address(caller.address)
+    return bytes([len(address)]) + address + caller.user_agent.encode()
 
 
 def _unpack(session_id: bytes, value: bytes) -> LiveSession:
@@ -357,5 +344,5 @@ def _unpack(session_id: bytes, value: bytes) -> LiveSession:
         authenticated_s=number(33, 37),
         factors=value[37],
         kind=value[38],
-        packed_client=value[_HEADER_BYTES:],
+        packed_caller=value[_HEADER_BYTES:],
     )

@@ -22,7 +22,7 @@ from authd.infra.observe import metrics
 from authd.infra.tasks.work_set import WorkSet
 from authd.sessions.feed import RevocationFeed
 from authd.sessions.postgres import Ending
-from authd.sessions.redis import unpack_client
+from authd.sessions.redis import unpack_caller
 from authd.sessions.relay_store import Relayed, RelayStore
 from authd.tokens.mac import Subject
 
@@ -172,13 +172,13 @@ class EventRelay:
         sid = encode_base64url(session_id)
         change: SessionOpened | SessionChanged
         if kind == "session.opened":
-            client = unpack_client(entry.fields["c"])
+            caller = unpack_caller(entry.fields["c"])
             change = SessionOpened(
                 user_id=user_id,
                 session_id=sid,
                 occurred_at=occurred_at,
-                address=client.address,
-                user_agent=client.user_agent,
+                address=caller.address,
+                user_agent=caller.user_agent,
             )
         else:
             change = SessionChanged(user_id=user_id, session_id=sid, occurred_at=occurred_at)

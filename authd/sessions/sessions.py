@@ -26,12 +26,13 @@ from authd.errors import (
     UserDisabled,
 )
 from authd.events.factory import iso
+from authd.infra.caller import Caller
 from authd.infra.encoding import decode_base64url, encode_base64url
 from authd.infra.redis.client import bucket_of_user
 from authd.login.password import PasswordCheck
 from authd.sessions.feed import RevocationFeed
 from authd.sessions.postgres import Revocations
-from authd.sessions.redis import Behind, Client, Denied, Live, LiveSession, Opened, Owner, Rotated, SessionStore
+from authd.sessions.redis import Behind, Denied, Live, LiveSession, Opened, Owner, Rotated, SessionStore
 from authd.tokens.access import AccessClaims, ExpiredToken, InvalidToken, TokenMint
 from authd.tokens.mac import Subject
 from authd.tokens.refresh import SESSION_ID_BYTES, RefreshToken
@@ -105,17 +106,17 @@ class Sessions:
         self._feed = feed
         self._on_event = on_event
 
-    async def login(self, username: str, password: str, client: Client, device_token: str = "") -> LoginPair:
+    async def login(self, username: str, password: str, caller: Caller, device_token: str = "") -> LoginPair:
         """Open a session for whoever knows the password.
 
         :raises InvalidCredentials, LoginLocked, Unavailable: see `PasswordCheck.check`.
         :raises SessionLimit: only with the policy `refuse`.
         """
-        checked = await self._passwords.check(username, password, client.address, device_token)
-        pair = await self._open(checked.user, client)
+        checked = await self._passwords.check(username, password, caller.address, device_token)
+        pair = await self._open(checked.user, caller)
         return LoginPair(**msgspec.structs.asdict(pair), device_token=checked.device_token)
 
-    async def refresh(self, refresh_token: str, client: Client) -> TokenPair:
+    async def refresh(self, refresh_token: str, caller: Caller) -> TokenPair:
         """Exchange a refresh token for its successor, once; see session_rotate.lua.
 
         :raises RefreshRefused:
@@ -134,10 +135,10 @@ class Sessions:
         bucket = bucket_of_user(token.user_id)
         for _ in range(ROUNDS_MAX):
             key_id = self._mint.mac_key_id()
-            rotate = partial(self._store.rotate, token, key_id, client)
+            rotate = partial(self._store.rotate, token, key_id, caller)
             answer: Rotated | Opened | Denied = await self._ask(bucket, rotate)
             if isinstance(answer, Denied) and answer.status == "unknown":
-                answer = await self._rebuild(token, key_id, client)
+                answer = await self._rebuild(token, key_id, caller)
             if not isinstance(answer, Denied):
                 return self._pair(token.subject, answer.session)
             if answer.status != "present":
@@ -260,12 +261,12 @@ class Sessions:
     async def _list(self, subject: Subject) -> list[LiveSession]:
         return await self._ask(bucket_of_user(subject.user_id), partial(self._store.list_live, subject))
 
-    async def _open(self, user: User, client: Client) -> TokenPair:
+    async def _open(self, user: User, caller: Caller) -> TokenPair:
         session_id = secrets.token_bytes(SESSION_ID_BYTES)
         bucket = bucket_of_user(user.id)
         for _ in range(ROUNDS_MAX):
             self._feed.learn(bucket, user.revocation)
-            open_session = partial(self._store.open, _owner(user), session_id, self._mint.mac_key_id(), client)
+            open_session = partial(self._store.open, _owner(user), session_id, self._mint.mac_key_id(), caller)
             answer = await self._ask(bucket, open_session)
             if isinstance(answer, Opened):
                 self._on_event(bucket)
@@ -285,7 +286,7 @@ class Sessions:
             user = fresh
         raise Unavailable("session_store")
 
-    async def _rebuild(self, token: RefreshToken, key_id: int, client: Client) -> Opened | Denied:
+    async def _rebuild(self, token: RefreshToken, key_id: int, caller: Caller) -> Opened | Denied:
         """Put back a session that Redis lost, if Postgres has not ended it."""
         user, ended = await self._users.find_of_session(token.subject, token.session_id)
         if user is None:
@@ -299,7 +300,7 @@ class Sessions:
             return Denied("ended", reason or "")
         bucket = bucket_of_user(user.id)
         self._feed.learn(bucket, user.revocation)
-        answer = await self._ask(bucket, partial(self._store.rebuild, _owner(user), token, key_id, client))
+        answer = await self._ask(bucket, partial(self._store.rebuild, _owner(user), token, key_id, caller))
         if isinstance(answer, Opened):
             _log.info("session_rebuilt", user_id=user.id)
             self._on_event(bucket)
@@ -375,8 +376,8 @@ def _view(session: LiveSession, current: bytes) -> SessionView:
         created_at=iso(session.created_ms),
         last_used_at=iso(session.issued_ms),
         expires_at=iso(session.expires_ms),
-        address=session.client.address,
-        user_agent=session.client.user_agent,
+        address=session.caller.address,
+        user_agent=session.caller.user_agent,
         current=session.id == current,
     )
 

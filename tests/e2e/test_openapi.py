@@ -9,6 +9,7 @@ import anyio.to_thread
 import pytest
 import requests
 import schemathesis
+from declared import declared_endpoints
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import one_of
 from schemathesis import GenerationMode
@@ -21,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from service_process import Account, ServiceProcess, Services
 
-from authd.infra.http.openapi import ROUTES
+from authd.infra.http.endpoint import Endpoint
 
 EXAMPLES_MAX = 60
 #: All the examples of one endpoint, each of which hashes a password at most twice.
@@ -33,7 +34,8 @@ CHECKS = [
     response_headers_conformance,
     response_schema_conformance,
 ]
-SECURED = [route for route in ROUTES if route.security]
+ENDPOINTS = declared_endpoints()
+SECURED = [endpoint for endpoint in ENDPOINTS if endpoint.auth.security]
 
 
 @dataclass(frozen=True)
@@ -102,17 +104,19 @@ async def run_in_thread(target: Target, session: requests.Session, *what: str | 
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.name)
 async def test_no_answer_is_undocumented_to_whoever_comes(
-    target: Target, session: requests.Session, route: Any
+    target: Target, session: requests.Session, endpoint: Endpoint
 ) -> None:
-    await run_in_thread(target, session, route.method, route.path, None)
+    await run_in_thread(target, session, endpoint.method, endpoint.template, None)
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("route", SECURED, ids=lambda route: f"{route.method} {route.path}")
-async def test_no_answer_is_undocumented_to_whoever_may(target: Target, session: requests.Session, route: Any) -> None:
-    await run_in_thread(target, session, route.method, route.path, route.security)
+@pytest.mark.parametrize("endpoint", SECURED, ids=lambda endpoint: endpoint.name)
+async def test_no_answer_is_undocumented_to_whoever_may(
+    target: Target, session: requests.Session, endpoint: Endpoint
+) -> None:
+    await run_in_thread(target, session, endpoint.method, endpoint.template, *endpoint.auth.schemes)
 
 
 async def test_what_the_description_promises_of_a_valid_request_comes(
@@ -133,9 +137,9 @@ async def test_what_the_description_promises_of_a_valid_request_comes(
                 f"{url}/auth/revoke", data={"token": token}, auth=target.client, timeout=10
             ),
             **{
-                ("get", route.path): session.get(f"{url}{route.path}", timeout=10)
-                for route in ROUTES
-                if not route.codes and route.method == "get"
+                ("get", endpoint.path): session.get(f"{url}{endpoint.path}", timeout=10)
+                for endpoint in ENDPOINTS
+                if not endpoint.codes and endpoint.method == "GET"
             },
         }
 

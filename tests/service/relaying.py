@@ -16,18 +16,19 @@ from authd.assembly.postgres import PostgresStores
 from authd.assembly.redis import RedisStores
 from authd.assembly.services import Intervals, Services
 from authd.config import BUCKETS, Secret, Settings
+from authd.infra.caller import Caller
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.redis.client import RedisClient, open_redis
 from authd.login.redis import Throttle
 from authd.sessions.feed import RevocationFeed
-from authd.sessions.redis import Client, LiveSession, Opened, Owner
+from authd.sessions.redis import LiveSession, Opened, Owner
 from authd.sessions.relay import EventRelay
 from authd.tokens.mac import Subject
 from authd.tokens.refresh import SESSION_ID_BYTES, RefreshToken
 
 PATIENCE_S = 60.0
 POLL_S = 0.02
-CLIENT = Client("192.0.2.1", "a browser")
+CLIENT = Caller("192.0.2.1", "a browser")
 KEY_ID = 1
 
 

@@ -28,7 +28,8 @@ from service.world import (
 from authd.config import BUCKETS
 from authd.embedded import PostgresServer, RedisServer
 from authd.errors import InvalidCredentials, SessionLimit, Unavailable, UnknownSession
-from authd.sessions.redis import Client, Denied, Opened
+from authd.infra.caller import Caller
+from authd.sessions.redis import Denied, Opened
 from authd.tokens.ring import MacKey
 
 SMALL_GRACE_S = 0.05
@@ -667,7 +668,7 @@ async def test_a_reader_with_the_old_row_cannot_store_it_after_the_change(world:
 
 async def test_a_user_sees_and_ends_single_sessions(world: World) -> None:
     user, stranger = await world.register(), await world.register()
-    phone = await world.login(user, client=Client("2001:db8::7", "a phone"))
+    phone = await world.login(user, caller=Caller("2001:db8::7", "a phone"))
     laptop = await world.login(user)
     theirs = (await world.sessions.list_own((await world.login(stranger)).access_token))[0]
     views = await world.sessions.list_own(laptop.access_token)
@@ -754,7 +755,7 @@ async def test_a_users_hash_lives_as_long_as_the_longest_lived_of_its_values(wor
 
 async def test_a_session_is_small(world: World) -> None:
     user = await world.register()
-    await world.open(user, Client("2001:db8::1", "x" * 64))
+    await world.open(user, Caller("2001:db8::1", "x" * 64))
     (value,) = (await world.values(user.id)).values()
     assert len(value) <= 128
 

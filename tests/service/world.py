@@ -25,6 +25,7 @@ from authd.assembly.services import Services
 from authd.config import BUCKETS, Secret, Settings
 from authd.embedded import PostgresServer
 from authd.errors import RefreshRefused, Refusal, Unavailable, UserDisabled
+from authd.infra.caller import Caller
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.postgres.migrate import migrate
 from authd.infra.redis.client import RedisClient, open_redis
@@ -33,7 +34,7 @@ from authd.passwords.formats import hash_password
 from authd.passwords.hasher import Hasher
 from authd.sessions.feed import RevocationFeed
 from authd.sessions.postgres import Revocations
-from authd.sessions.redis import Client, Owner, SessionStore
+from authd.sessions.redis import Owner, SessionStore
 from authd.sessions.relay import EventRelay
 from authd.sessions.sessions import Sessions, TokenPair
 from authd.tokens.access import TokenMint
@@ -47,7 +48,7 @@ from authd.users.redis import UserCache
 PASSWORD = "correct horse"
 COST = 4
 PASSWORD_HASH = hash_password(PASSWORD, COST)
-CLIENT = Client("192.0.2.1", "a browser")
+CLIENT = Caller("192.0.2.1", "a browser")
 PATIENCE_S = 30.0
 GRACE_S = 10
 JWT_SECRET = Secret("j" * 32)
@@ -103,15 +104,15 @@ class Replica:
         self.mint, self.throttle, self.hasher = self.services.mint, self.services.throttle, self.services.hasher
         self.feed, self.relay, self.sessions = self.services.feed, self.services.relay, self.services.sessions
 
-    async def login(self, user: User, password: str = PASSWORD, client: Client = CLIENT) -> TokenPair:
-        return await self.sessions.login(user.username, password, client)
+    async def login(self, user: User, password: str = PASSWORD, caller: Caller = CLIENT) -> TokenPair:
+        return await self.sessions.login(user.username, password, caller)
 
-    async def open(self, user: User, client: Client = CLIENT) -> TokenPair:
+    async def open(self, user: User, caller: Caller = CLIENT) -> TokenPair:
         """A login whose password is known to be right, for tests with thousands of them."""
-        return await self.sessions._open(user, client)
+        return await self.sessions._open(user, caller)
 
-    async def refresh(self, refresh_token: str, client: Client = CLIENT) -> TokenPair:
-        return await self.sessions.refresh(refresh_token, client)
+    async def refresh(self, refresh_token: str, caller: Caller = CLIENT) -> TokenPair:
+        return await self.sessions.refresh(refresh_token, caller)
 
     async def outcome(self, refresh_token: str) -> str:
         """The code of a refresh's refusal, or `ok`."""

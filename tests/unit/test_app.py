@@ -4,11 +4,12 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from quart import Blueprint, Quart, Response, signals
+from quart import Blueprint, Quart, Request, Response, signals
 
 from authd.config import Settings
 from authd.infra.http.app import App, IgnoredHook
-from authd.infra.http.reading import json_response
+from authd.infra.http.endpoint import PUBLIC, Endpoints
+from authd.infra.http.replies import json_response
 
 
 async def hook(*_: object, **__: object) -> None:
@@ -29,6 +30,7 @@ HOOKS: dict[str, Callable[[Blueprint], Any]] = {
     "teardown_websocket": lambda routes: routes.teardown_websocket(hook),
     "errorhandler": lambda routes: routes.errorhandler(404)(hook),
     "websocket": lambda routes: routes.websocket("/talk")(hook),
+    "route": lambda routes: routes.get("/hidden")(hook),
 }
 APP_HOOKS: dict[str, Callable[[Blueprint], Any]] = {
     "before_app_request": lambda routes: routes.before_app_request(hook),
@@ -44,14 +46,14 @@ SERVING_HOOKS: dict[str, Callable[[Quart], Any]] = {
 }
 
 
-def make_routes() -> Blueprint:
-    routes = Blueprint("guarded", __name__)
+def make_app(settings: Settings) -> App:
+    endpoint = Endpoints()
 
-    @routes.get("/found")
-    async def found() -> Response:
+    @endpoint("GET", "/found", "A test", auth=PUBLIC, reply=None)
+    async def found(request: Request) -> Response:
         return json_response({})
 
-    return routes
+    return App(settings, endpoint.declared)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +65,10 @@ def settings(make_settings: Callable[..., Settings]) -> Settings:
 def test_a_blueprint_whose_hook_would_be_ignored_is_refused(
     settings: Settings, register: Callable[[Blueprint], Any]
 ) -> None:
-    routes = make_routes()
-    register(routes)
+    app, guarded = make_app(settings), Blueprint("guarded", __name__)
+    register(guarded)
     with pytest.raises(IgnoredHook):
-        App(settings, [routes])
+        app.register_blueprint(guarded)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_a_blueprint_whose_hook_would_be_ignored_is_refused(
 def test_an_application_whose_hook_would_be_ignored_does_not_start(
     settings: Settings, register: Callable[[Any], Any]
 ) -> None:
-    app = App(settings, [make_routes()])
+    app = make_app(settings)
     app.refuse_hooks()
     register(app)
     with pytest.raises(IgnoredHook):
@@ -85,13 +87,13 @@ def test_an_application_whose_hook_would_be_ignored_does_not_start(
 
 
 def test_an_application_that_somebody_listens_to_does_not_start(settings: Settings) -> None:
-    app = App(settings, [make_routes()])
+    app = make_app(settings)
     with signals.request_started.connected_to(hook, app), pytest.raises(IgnoredHook):
         app.refuse_hooks()
     app.refuse_hooks()
 
 
 def test_an_application_keeps_its_own_error_handlers(settings: Settings) -> None:
-    routes = make_routes()
+    routes = Blueprint("guarded", __name__)
     routes.app_errorhandler(418)(hook)
-    App(settings, [routes])
+    make_app(settings).register_blueprint(routes)

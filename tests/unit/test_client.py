@@ -10,15 +10,15 @@ from quart import Request
 from werkzeug.datastructures import Headers
 
 from authd.errors import MissingToken
+from authd.infra.caller import USER_AGENT_BYTES_MAX
 from authd.infra.http.address import (
     ADDRESS_CHARS_MAX,
     HOPS_MAX,
     _parse_address,
     bearer_token,
     find_address,
-    find_client,
+    find_caller,
 )
-from authd.sessions.redis import USER_AGENT_BYTES_MAX
 
 PROXIES = tuple(map(ip_network, ("10.0.0.0/8", "192.0.2.1/32", "fd00::/8")))
 
@@ -43,7 +43,7 @@ def make_request(peer: tuple[str, int] | None, *headers: tuple[str, str]) -> Req
 
 def address_of(peer: str, *forwarded: str, proxies=PROXIES) -> str:
     headers = [("X-Forwarded-For", line) for line in forwarded]
-    return find_client(make_request((peer, 4711), *headers), proxies).address
+    return find_caller(make_request((peer, 4711), *headers), proxies).address
 
 
 def test_without_trusted_proxies_the_peer_counts_whatever_it_says() -> None:
@@ -100,13 +100,13 @@ def test_a_mapped_peer_is_the_proxy_that_it_maps() -> None:
 
 
 def test_a_peer_without_an_address_is_nobody_in_particular() -> None:
-    assert find_client(make_request(None), PROXIES).address == "0.0.0.0"
-    assert find_client(make_request(("", 0)), PROXIES).address == "0.0.0.0"
+    assert find_caller(make_request(None), PROXIES).address == "0.0.0.0"
+    assert find_caller(make_request(("", 0)), PROXIES).address == "0.0.0.0"
 
 
 def test_other_headers_say_nothing() -> None:
     headers = [("Remote-Addr", "1.1.1.1"), ("X-Real-IP", "1.1.1.1"), ("Client-IP", "1.1.1.1")]
-    assert find_client(make_request(("10.0.0.1", 1), *headers), PROXIES).address == "10.0.0.1"
+    assert find_caller(make_request(("10.0.0.1", 1), *headers), PROXIES).address == "10.0.0.1"
 
 
 @given(st.lists(st.text(st.characters(blacklist_characters="\r\n"), max_size=40), max_size=4))
@@ -116,15 +116,15 @@ def test_any_header_gives_an_address(lines: list[str]) -> None:
 
 @given(st.text(st.characters(blacklist_characters="\r\n")))
 def test_a_user_agent_is_short_and_printable(text: str) -> None:
-    agent = find_client(make_request(("10.0.0.1", 1), ("User-Agent", text)), ()).user_agent
+    agent = find_caller(make_request(("10.0.0.1", 1), ("User-Agent", text)), ()).user_agent
     assert len(agent.encode()) <= USER_AGENT_BYTES_MAX
     assert agent.isprintable()
 
 
 def test_a_user_agent_is_kept() -> None:
     request = make_request(("10.0.0.1", 1), ("User-Agent", "authd-app/1.2 (Linux)"))
-    assert find_client(request, ()).user_agent == "authd-app/1.2 (Linux)"
-    assert find_client(make_request(("10.0.0.1", 1)), ()).user_agent == ""
+    assert find_caller(request, ()).user_agent == "authd-app/1.2 (Linux)"
+    assert find_caller(make_request(("10.0.0.1", 1)), ()).user_agent == ""
 
 
 @pytest.mark.parametrize("text", ["Bearer abc", "bearer abc", "BEARER   abc ", "Bearer abc"])
@@ -146,8 +146,8 @@ def test_only_one_header_is_read() -> None:
     """Or a guesser behind a proxy that writes this one would have a second budget by the other."""
     for forged in ("for=198.51.100.7", "for=unknown", 'for="'):
         headers = [("X-Forwarded-For", "203.0.113.9"), ("Forwarded", forged)]
-        assert find_client(make_request(("10.0.0.1", 1), *headers), PROXIES).address == "203.0.113.9"
-        assert find_client(make_request(("10.0.0.1", 1), ("Forwarded", forged)), PROXIES).address == "10.0.0.1"
+        assert find_caller(make_request(("10.0.0.1", 1), *headers), PROXIES).address == "203.0.113.9"
+        assert find_caller(make_request(("10.0.0.1", 1), ("Forwarded", forged)), PROXIES).address == "10.0.0.1"
 
 
 def test_text_that_is_too_long_for_an_address_is_not_kept() -> None:
@@ -178,6 +178,6 @@ def test_a_proxy_that_names_no_usable_hop_is_counted_once_a_request(forwarded: s
     before = count()
     request = make_request(("10.0.0.1", 1), *([] if forwarded is None else [("X-Forwarded-For", forwarded)]))
     for _ in range(2):
-        find_client(request, PROXIES)
+        find_caller(request, PROXIES)
         find_address(request, PROXIES)
     assert count() - before == counted

@@ -17,9 +17,9 @@ from authd.errors import (
     Refusal,
     RegistrationLimited,
     Unavailable,
+    UnsupportedMediaType,
 )
 from authd.infra.http import app
-from authd.infra.http import reading as wire
 from authd.infra.http.problems import PROBLEMS, deadline_response, refusal_response
 from authd.infra.http.server import protocol
 
@@ -40,7 +40,8 @@ WITH_ARGUMENTS = {
     RefreshRefused,
     RegistrationLimited,
     Unavailable,
-    wire.UnsupportedMediaType,
+    UnsupportedMediaType,
+    UnsupportedMediaType,
 }
 
 
@@ -58,7 +59,7 @@ def every_refusal() -> list[Refusal]:
         InvalidRequest({"username": "Needed."}),
         LoginLocked(17),
         RegistrationLimited(17),
-        wire.UnsupportedMediaType("application/json"),
+        UnsupportedMediaType("application/json"),
         *(RefreshRefused(code) for code in get_args(RefreshRefusalCode)),
         *(Unavailable(part) for part in PARTS),
     ]

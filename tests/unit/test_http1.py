@@ -10,17 +10,19 @@ import anyio.lowlevel
 import pytest
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.events import Closed, Event, RawData
-from quart import Blueprint, Response, g, request
+from quart import Request, Response, g
 from structlog.testing import capture_logs
 
 from authd.config import Settings
 from authd.infra.http.app import App
-from authd.infra.http.reading import json_response
+from authd.infra.http.endpoint import PUBLIC, Endpoints
+from authd.infra.http.replies import json_response
 from authd.infra.http.server.framing import CHUNK_LINE_BYTES_MAX, EMPTY_LINES_MAX, TRAILERS_BYTES_MAX
 from authd.infra.http.server.protocol import PARTS_PER_TURN, Http1
 from authd.infra.http.server.server import make_config
 
 WITHIN_S = 5.0
+POLICY, DEFAULT_POLICY = "default-src 'self'", "default-src 'none'; frame-ancestors 'none'"
 HEAD = b"GET /echo HTTP/1.1\r\nHost: a\r\n"
 POST = b"POST /echo HTTP/1.1\r\nHost: a\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -82,34 +84,38 @@ def parse(written: bytes) -> list[tuple[int, bytes]]:
 
 
 def make_app(settings: Settings) -> App:
-    routes = Blueprint("echo", __name__)
+    endpoint = Endpoints()
 
-    @routes.get("/echo")
-    async def get() -> Response:
+    @endpoint("GET", "/echo", "A test", auth=PUBLIC, reply=None)
+    async def get(request: Request) -> Response:
         return json_response({"query": request.query_string.decode()})
 
-    @routes.post("/echo")
-    async def post() -> Response:
+    @endpoint("POST", "/echo", "A test", auth=PUBLIC, reply=None)
+    async def post(request: Request) -> Response:
         return json_response({"body": (await request.body).decode()})
 
-    @routes.get("/found/<part>")
-    async def found(part: str) -> Response:
+    @endpoint("GET", "/found/<part>", "A test", auth=PUBLIC, reply=None)
+    async def found(request: Request, part: str) -> Response:
         return json_response({"part": part})
 
-    @routes.get("/context")
-    async def context() -> Response:
+    @endpoint("GET", "/page", "A test", auth=PUBLIC, reply=None, csp=POLICY)
+    async def page(request: Request) -> Response:
+        return json_response({})
+
+    @endpoint("GET", "/context", "A test", auth=PUBLIC, reply=None)
+    async def context(request: Request) -> Response:
         g.requests = g.get("requests", 0) + 1
         return json_response({"requests": g.requests})
 
-    @routes.get("/torn")
-    async def torn() -> Response:
+    @endpoint("GET", "/torn", "A test", auth=PUBLIC, reply=None)
+    async def torn(request: Request) -> Response:
         async def body() -> AsyncIterator[bytes]:
             yield b"{"
             raise RuntimeError("the body failed")
 
         return Response(body(), content_type="application/json")
 
-    return App(settings, [routes])
+    return App(settings, endpoint.declared)
 
 
 Connect = Callable[[], AbstractAsyncContextManager[Peer]]
@@ -338,3 +344,22 @@ async def test_a_fault_outside_every_handler_is_answered_with_a_problem(connect:
         assert (status, code_of(body)) == (500, "internal_error")
         assert b"application/problem+json" in peer.written
         assert b"the body failed" not in peer.written
+
+
+# What stands in every answer
+
+
+@pytest.mark.parametrize(
+    ("path", "policy"), [("/page", POLICY), ("/echo", DEFAULT_POLICY), ("/nothing", DEFAULT_POLICY)]
+)
+async def test_an_answer_has_one_policy_and_it_is_the_endpoints_own_where_that_has_one(
+    connect: Connect, path: str, policy: str
+) -> None:
+    async with connect() as peer:
+        await peer.send(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        await peer.answers(1)
+        head = bytes(peer.written).partition(b"\r\n\r\n")[0].decode().lower().split("\r\n")
+    assert [line for line in head if line.startswith("content-security-policy")] == [
+        f"content-security-policy: {policy}"
+    ]
+    assert len([line for line in head if line.startswith(("x-frame-options", "x-content-type-options"))]) == 2

@@ -8,23 +8,17 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quart import Blueprint, Response, abort, request
+from quart import Request, Response, abort
 from quart.typing import TestClientProtocol as Client
 from werkzeug.sansio import request as sansio_request
 
+from authd.accounts.http import RegisterRequest
 from authd.errors import Unavailable
 from authd.infra.http.app import App
-from authd.infra.http.reading import (
-    CONTENT_TYPE_CHARS_MAX,
-    FORM_BYTES_MAX,
-    FORM_FIELDS_MAX,
-    RefreshRequest,
-    RegisterRequest,
-    json_response,
-    read_form,
-    read_json,
-    read_logout_scope,
-)
+from authd.infra.http.endpoint import PUBLIC, Endpoints
+from authd.infra.http.reading import CONTENT_TYPE_CHARS_MAX, FORM_BYTES_MAX, FORM_FIELDS_MAX, read_form, read_json
+from authd.infra.http.replies import json_response
+from authd.sessions.http import RefreshRequest, read_logout_scope
 
 JSON = {"Content-Type": "application/json"}
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -33,39 +27,39 @@ BODY_BYTES_MAX = 4096
 
 def make_app(make_settings, body_bytes_max: int = BODY_BYTES_MAX) -> App:
     """Endpoints that say what they read."""
-    routes = Blueprint("wire", __name__)
+    endpoint = Endpoints()
 
-    @routes.post("/json")
-    async def read_a_json() -> Response:
+    @endpoint("POST", "/json", "A test", auth=PUBLIC, reply=None)
+    async def read_a_json(request: Request) -> Response:
         return json_response(await read_json(request, RegisterRequest))
 
-    @routes.post("/form")
-    async def read_a_form() -> Response:
+    @endpoint("POST", "/form", "A test", auth=PUBLIC, reply=None)
+    async def read_a_form(request: Request) -> Response:
         return json_response(await read_form(request, "username", "password"))
 
-    @routes.post("/scope")
-    async def read_a_scope() -> Response:
+    @endpoint("POST", "/scope", "A test", auth=PUBLIC, reply=None)
+    async def read_a_scope(request: Request) -> Response:
         return json_response(await read_logout_scope(request))
 
-    @routes.get("/slow")
-    async def be_slow() -> Response:
+    @endpoint("GET", "/slow", "A test", auth=PUBLIC, reply=None)
+    async def be_slow(request: Request) -> Response:
         await anyio.sleep(60)
         return json_response({})
 
-    @routes.get("/away")
-    async def be_away() -> Response:
+    @endpoint("GET", "/away", "A test", auth=PUBLIC, reply=None)
+    async def be_away(request: Request) -> Response:
         raise Unavailable("user_store") from OSError("secret host name")
 
-    @routes.get("/broken")
-    async def break_down() -> Response:
+    @endpoint("GET", "/broken", "A test", auth=PUBLIC, reply=None)
+    async def break_down(request: Request) -> Response:
         raise RuntimeError("secret detail")
 
-    @routes.get("/teapot")
-    async def be_a_teapot() -> Response:
+    @endpoint("GET", "/teapot", "A test", auth=PUBLIC, reply=None)
+    async def be_a_teapot(request: Request) -> Response:
         abort(418)
 
     settings = make_settings(body_max_bytes=body_bytes_max, request_timeout_s=0.2, hash_deadline_s=0.1)
-    return App(settings, [routes])
+    return App(settings, endpoint.declared)
 
 
 @pytest.fixture(scope="module")

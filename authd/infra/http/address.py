@@ -10,8 +10,8 @@ from quart import Request
 
 from authd.config import Network
 from authd.errors import MissingToken
+from authd.infra.caller import Caller, shorten_user_agent
 from authd.infra.observe import metrics
-from authd.sessions.redis import Client, shorten_user_agent
 
 Address = IPv4Address | IPv6Address
 
@@ -27,10 +27,10 @@ USER_AGENT_CHARS_MAX = 1024
 _WITH_PORT = re.compile(r"(?P<v4>[0-9.]+):[0-9]{1,5}|\[(?P<v6>[^\]]+)\](?::[0-9]{1,5})?")
 
 
-def find_client(request: Request, trusted: Sequence[Network]) -> Client:
-    """Return the client's address (see `find_address`) and user agent."""
+def find_caller(request: Request, trusted: Sequence[Network]) -> Caller:
+    """Return the caller's address (see `find_address`) and user agent."""
     user_agent = request.headers.get("User-Agent", "")[:USER_AGENT_CHARS_MAX]
-    return Client(find_address(request, trusted), shorten_user_agent(_text(user_agent)))
+    return Caller(find_address(request, trusted), shorten_user_agent(_text(user_agent)))
 
 
 def find_address(request: Request, trusted: Sequence[Network]) -> str:

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import structlog
@@ -15,13 +15,15 @@ from quart import Blueprint, Quart, Request, Response, signals
 from quart.ctx import RequestContext
 from quart.typing import ResponseTypes
 from quart.wrappers.base import BaseRequestWebsocket
+from werkzeug.datastructures import ImmutableMultiDict
 from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge
-from werkzeug.routing import MapAdapter
+from werkzeug.routing import MapAdapter, Rule
 
 from authd.config import Settings
 from authd.errors import Refusal, Unavailable
 from authd.infra.http.address import find_address
 from authd.infra.http.cors import Cors
+from authd.infra.http.endpoint import Endpoint, answer
 from authd.infra.http.problems import ProblemResponse, deadline_response, problem_response, refusal_response
 from authd.infra.observe import metrics
 from authd.infra.observe.logs import RequestLine, log_request
@@ -57,6 +59,15 @@ class IgnoredHook(RuntimeError):
 
 
 class _Request(Request):
+    #: Once it is found.
+    declared: Endpoint | None = None
+
+    @property
+    def cookies(self) -> ImmutableMultiDict[str, str]:
+        """Those that the endpoint's declaration names: no other is seen by anybody."""
+        names = self.declared.cookies if self.declared is not None else ()
+        return ImmutableMultiDict([(name, value) for name, value in super().cookies.items(multi=True) if name in names])
+
     @property
     def blueprints(self) -> list[str]:
         """None: Quart would look for hooks of theirs, several times a request, and there are none."""
@@ -65,7 +76,7 @@ class _Request(Request):
 
 class _Context(RequestContext):
     async def _push(self) -> None:
-        """Without the session that Quart would open, for there are no cookies here."""
+        """Without the session that Quart would open: it is a cookie, and an endpoint declares its own."""
         self.match_request()
 
     def match_request(self) -> None:
@@ -78,11 +89,11 @@ class _Context(RequestContext):
 
 
 class App(Quart):
-    """`inflight` holds the deadline of every request that is being answered."""
+    """Serves declared endpoints. `inflight` holds the deadline of every request that is being answered."""
 
     request_class = _Request
 
-    def __init__(self, settings: Settings, blueprints: Sequence[Blueprint]) -> None:
+    def __init__(self, settings: Settings, endpoints: Sequence[Endpoint]) -> None:
         super().__init__("authd", static_folder=None, template_folder=None)
         self.inflight: set[Deadline] = set()
         self.is_draining = False
@@ -93,8 +104,9 @@ class App(Quart):
         # `/a//b` is a path that we do not have, and nothing to redirect to.
         self.url_map.merge_slashes = False
         self._cors = Cors(settings.cors_origins)
-        for blueprint in blueprints:
-            self.register_blueprint(blueprint)
+        self._endpoints = {endpoint.name: endpoint for endpoint in endpoints}
+        for endpoint in endpoints:
+            self.add_url_rule(endpoint.path, endpoint.name, endpoint.handler, methods=[endpoint.method])
         self.register_error_handler(Refusal, _on_refusal)
         self.register_error_handler(HTTPException, _on_http_exception)
         self.register_error_handler(Exception, _on_fault)
@@ -106,7 +118,8 @@ class App(Quart):
 
     def refuse_hooks(self) -> None:
         """Raise where something was registered that a request would pass without running it: a hook that guards
-        endpoints must not be left out in silence. Called again at the start, for what was registered later.
+        endpoints must not be left out in silence, and a route that was not declared has no `auth`. Called again at the
+        start, for what was registered later.
 
         :raises IgnoredHook:
         """
@@ -115,7 +128,7 @@ class App(Quart):
         found += [name for name in _SERVING_HOOKS if getattr(self, name)]
         # The error handlers of a blueprint are looked for by the request's blueprints, and `_Request` names none.
         found += [f"errorhandler of {name}" for name, spec in self.error_handler_spec.items() if name and any(spec)]
-        found += [f"websocket {rule.rule}" for rule in self.url_map.iter_rules() if rule.websocket]
+        found += [f"route {rule.rule}" for rule in self.url_map.iter_rules() if rule.endpoint not in self._endpoints]
         found += [signal.name for signal in _SIGNALS if signal.has_receivers_for(self)]
         if found:
             raise IgnoredHook(f"never run here, so do without: {', '.join(found)}")
@@ -135,12 +148,18 @@ class App(Quart):
         return _Context(self, request)
 
     async def full_dispatch_request(self, request_context: RequestContext | None = None) -> ResponseTypes:
-        """Quart's own without its hooks, signals and sessions, of which we have none."""
+        """Answer by the endpoint's declaration: without Quart's views, hooks, signals and sessions, of which we have
+        none.
+        """
+        context = cast(RequestContext, request_context)
+        request = cast(_Request, context.request)
         try:
-            result: Any = await self.dispatch_request(request_context)
+            if request.routing_exception is not None:
+                raise request.routing_exception
+            request.declared = self._endpoints[cast(Rule, request.url_rule).endpoint]
+            return await answer(request.declared, request)
         except Exception as error:
-            result = await self.handle_user_exception(error)
-        return await self.make_response(result)
+            return await self.make_response(await self.handle_user_exception(error))
 
     async def handle_request(self, request: Request) -> ResponseTypes:
         # Runs in the handler's own task, outside every hook. A deadline in a hook or around the ASGI call would answer

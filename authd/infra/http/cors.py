@@ -1,7 +1,8 @@
 """Which web pages of other origins may read our answers: none, unless AUTHD_CORS_ORIGINS names their origin.
 
 In the application itself and not as hooks around the views (as quart-cors does it): a 503 at the deadline passes no
-hook, and a page must be able to read its Retry-After. Credentials are never permitted: there are no cookies here.
+hook, and a page must be able to read its Retry-After. Credentials are never permitted: no
+page of another origin may have its visitor's cookies sent along.
 """
 
 from collections.abc import Collection

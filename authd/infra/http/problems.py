@@ -5,12 +5,13 @@ from typing import Any
 import msgspec
 from quart import Response
 
-from authd.errors import InvalidClient, InvalidRequest, Refusal, Unavailable
+from authd.errors import InvalidClient, InvalidRequest, Kind, Refusal, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
 
-#: Every answer is data: nothing in it may be sniffed, framed, run or embedded elsewhere. As bytes, for the server adds
-#: them to every answer, and the application need not handle them.
+#: An answer is data unless its endpoint says otherwise: nothing in it may be sniffed, framed, run or embedded
+#: elsewhere. As bytes, for the server adds those that an answer does not bring, and the application need not handle
+#: them.
 SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -19,32 +20,18 @@ SECURITY_HEADERS = [
     (b"referrer-policy", b"no-referrer"),
 ]
 
-#: Each code's status and title. A code that is missing here is a test failure.
-PROBLEMS: dict[str, tuple[int, str]] = {
-    "malformed_request": (422, "Malformed request"),
-    "unsupported_media_type": (422, "Unsupported media type"),
-    "invalid_request": (422, "Invalid request"),
-    "username_taken": (409, "Username taken"),
-    "invalid_credentials": (401, "Invalid credentials"),
-    "login_locked": (429, "Login locked"),
-    "registration_limited": (429, "Registration limited"),
-    "token_missing": (401, "Authentication required"),
-    "token_invalid": (401, "Invalid access token"),
-    "refresh_token_invalid": (401, "Invalid refresh token"),
-    "refresh_token_expired": (401, "Expired refresh token"),
-    "refresh_token_superseded": (401, "Superseded refresh token"),
-    "refresh_token_reused": (401, "Reused refresh token"),
-    "session_ended": (401, "Session ended"),
-    "session_evicted": (401, "Session ended"),
-    "cross_site": (403, "Cross-site request"),
-    "user_disabled": (403, "User disabled"),
-    "session_limit": (403, "Session limit"),
-    "session_unknown": (404, "Session unknown"),
-    "invalid_client": (401, "Invalid client"),
-    "user_store_unavailable": (503, "Service unavailable"),
-    "session_store_unavailable": (503, "Service unavailable"),
-    "login_busy": (503, "Service unavailable"),
-    "deadline_exceeded": (503, "Service unavailable"),
+#: What each kind of refusal is in HTTP. A new code needs nothing here.
+STATUSES: dict[Kind, int] = {
+    "invalid": 422,
+    "unauthenticated": 401,
+    "forbidden": 403,
+    "missing": 404,
+    "conflict": 409,
+    "throttled": 429,
+    "unavailable": 503,
+}
+#: Status and title of what HTTP itself refuses, before or around an endpoint.
+_OF_THE_EDGE = {
     "not_found": (404, "Not found"),
     "method_not_allowed": (405, "Method not allowed"),
     "body_too_large": (413, "Body too large"),
@@ -56,6 +43,12 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "http_version_unknown": (505, "HTTP version not supported"),
     "connections_full": (503, "Service unavailable"),
     "internal_error": (500, "Internal error"),
+}
+#: The status and the title of each code.
+PROBLEMS: dict[str, tuple[int, str]] = _OF_THE_EDGE | {
+    code: (STATUSES[refusal.kind], title)
+    for refusal in Refusal.__subclasses__()
+    for code, title in refusal.titles().items()
 }
 
 

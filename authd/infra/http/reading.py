@@ -1,15 +1,14 @@
-"""What comes over the wire and how it is read: structs for JSON, one reader for forms."""
+"""Reads what comes over the wire: JSON as structs, forms and queries as texts."""
 
 from collections.abc import Sequence
 from typing import TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
-from quart import Request, Response
+from quart import Request
 from werkzeug.exceptions import RequestEntityTooLarge
 
-from authd.errors import InvalidRequest, MalformedRequest, Refusal
-from authd.sessions.sessions import LogoutScope, SessionView
+from authd.errors import InvalidRequest, MalformedRequest, Refusal, UnsupportedMediaType
 
 FORM_FIELDS_MAX = 32
 #: A form of `%4` would hold up everybody for 0.3 s at the highest AUTHD_BODY_MAX_BYTES. The longest username and
@@ -19,43 +18,9 @@ FORM_BYTES_MAX = 32_768
 CONTENT_TYPE_CHARS_MAX = 256
 
 
-class RegisterRequest(msgspec.Struct):
-    username: str
-    password: str
-    full_name: str | None = None
-
-    def __repr__(self) -> str:
-        return "RegisterRequest(***)"
-
-
-class RefreshRequest(msgspec.Struct):
-    refresh_token: str
-
-    def __repr__(self) -> str:
-        return "RefreshRequest(***)"
-
-
-class LogoutRequest(msgspec.Struct):
-    scope: LogoutScope = "all"
-
-
-class SessionsReply(msgspec.Struct):
-    sessions: list[SessionView]
-
-
-class StatusReply(msgspec.Struct):
-    status: str = "success"
-
-
-class UnsupportedMediaType(Refusal):
-    code = "unsupported_media_type"
-
-    def __init__(self, wanted: str) -> None:
-        self.detail = f"The body must be {wanted}."
-        super().__init__()
-
-
 Body = TypeVar("Body", bound=msgspec.Struct)
+#: The names and values of a form in their order.
+Pairs = Sequence[tuple[str, str]]
 
 
 async def read_json(request: Request, kind: type[Body]) -> Body:
@@ -65,7 +30,7 @@ async def read_json(request: Request, kind: type[Body]) -> Body:
     """
     # Old clients may name no type at all; most name just this one, and to take it apart costs more than to compare it.
     if request.headers.get("Content-Type") != "application/json":
-        mimetype = _media_type(request, "application/json")
+        mimetype = media_type(request, "application/json")
         if mimetype and mimetype != "application/json" and not mimetype.endswith("+json"):
             raise UnsupportedMediaType("application/json")
     body = await request.body
@@ -84,13 +49,13 @@ async def read_form(request: Request, *required: str) -> dict[str, str]:
     return form_fields(await read_form_pairs(request), *required)
 
 
-async def read_form_pairs(request: Request) -> list[tuple[str, str]]:
+async def read_form_pairs(request: Request) -> Pairs:
     """Return the names and values of an urlencoded form, for `form_fields`.
 
     :raises UnsupportedMediaType, RequestEntityTooLarge, MalformedRequest:
     """
     wanted = "application/x-www-form-urlencoded"
-    if _media_type(request, wanted) != wanted:
+    if media_type(request, wanted) != wanted:
         raise UnsupportedMediaType(wanted)
     body = await request.body
     if len(body) > FORM_BYTES_MAX:
@@ -101,7 +66,7 @@ async def read_form_pairs(request: Request) -> list[tuple[str, str]]:
         raise MalformedRequest("The body is not an urlencoded form in UTF-8.") from None
 
 
-def form_fields(pairs: Sequence[tuple[str, str]], *required: str) -> dict[str, str]:
+def form_fields(pairs: Pairs, *required: str) -> dict[str, str]:
     """Return the fields of a form that has each of `required` once.
 
     :raises InvalidRequest:
@@ -115,30 +80,8 @@ def form_fields(pairs: Sequence[tuple[str, str]], *required: str) -> dict[str, s
     return fields
 
 
-async def read_logout_scope(request: Request) -> LogoutScope:
-    """The `scope` of the query, or of a JSON body or a form; `all` where there is none, and old clients send none.
-
-    :raises UnsupportedMediaType, RequestEntityTooLarge, MalformedRequest, InvalidRequest:
-    """
-    scope = _query_field(request, "scope")
-    mimetype = _media_type(request, "application/json") if scope is None else ""
-    if mimetype == "application/x-www-form-urlencoded":
-        scope = (await read_form(request)).get("scope")
-    elif mimetype == "application/json" and await request.body:
-        # Not by its length, which a chunked body does not tell: to overlook `current` there would end all.
-        return (await read_json(request, LogoutRequest)).scope
-    try:
-        return msgspec.convert({} if scope is None else {"scope": scope}, LogoutRequest).scope
-    except msgspec.ValidationError:
-        raise InvalidRequest({"scope": "One of current, others and all is taken."}) from None
-
-
-def json_response(value: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, content_type="application/json")
-
-
-def _media_type(request: Request, wanted: str) -> str:
-    """The type of the body in lower case, without its parameters; empty where there is none.
+def media_type(request: Request, wanted: str) -> str:
+    """Return the type of the body in lower case, without its parameters; empty where there is none.
 
     :raises UnsupportedMediaType: over one too long to be looked at.
     """
@@ -147,7 +90,11 @@ def _media_type(request: Request, wanted: str) -> str:
     return request.mimetype
 
 
-def _query_field(request: Request, name: str) -> str | None:
+def query_field(request: Request, name: str) -> str | None:
+    """Return the first value of a field of the query; None where there is none.
+
+    :raises MalformedRequest:
+    """
     try:
         pairs = parse_qsl(request.query_string.decode(), keep_blank_values=True, max_num_fields=FORM_FIELDS_MAX)
     except ValueError:

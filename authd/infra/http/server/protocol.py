@@ -168,7 +168,9 @@ class Http1(H11Protocol):
     async def _answer(self, status: int, headers: Headers, body: bytes) -> None:
         if status == 204:  # RFC 9110, 8.6
             headers = [(name, value) for name, value in headers if name != b"content-length"]
-        headers += self.config.response_headers("h11")
+        # What the application says of a header replaces what stands in every answer: a page has a policy of its own.
+        said = {name for name, _ in headers}
+        headers += [header for header in self.config.response_headers("h11") if header[0] not in said]
         if self.keep_alive_requests >= self.config.keep_alive_max_requests:
             headers.append((b"connection", b"close"))
         await self._send_h11_event(h11.Response(headers=headers, status_code=status))
