@@ -19,8 +19,8 @@ from authd.config import Secret, Settings
 from authd.embedded import RedisServer
 from authd.infra.caller import USER_AGENT_BYTES_MAX, Caller
 from authd.infra.redis.client import open_redis
+from authd.infra.subject import Subject
 from authd.sessions.redis import Opened, Owner, SessionSettings, SessionStore
-from authd.tokens.mac import Subject
 
 BYTES_MAX = 300
 CONCURRENT = 64

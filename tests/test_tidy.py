@@ -93,7 +93,8 @@ def test_no_function_nests_too_deep() -> None:
 def test_no_function_has_too_many_parameters(folder: str) -> None:
     counts = {}
     for name, node in functions_of(folder):
-        parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        # Those that a call has to name do not count: a declaration is a table with a row for each.
+        parameters = [*node.args.posonlyargs, *node.args.args]
         counts[name] = len([parameter for parameter in parameters if parameter.arg not in ("self", "cls")])
     assert {name: count for name, count in counts.items() if count > PARAMETERS_MAX} == {}
 

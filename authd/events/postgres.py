@@ -6,12 +6,11 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 
-import asyncpg
 import msgspec
 
 from authd.config import BUCKETS
 from authd.events.contract import Event
-from authd.infra.postgres.database import Connection, Database, milliseconds
+from authd.infra.postgres.database import Connection, Database, Record, milliseconds
 from authd.infra.postgres.queries import load_queries
 
 _QUERIES = load_queries(__package__)
@@ -149,7 +148,7 @@ async def add_events(connection: Connection, events: Sequence[Event]) -> None:
     )
 
 
-def _row(record: asyncpg.Record) -> OutboxRow:
+def _row(record: Record) -> OutboxRow:
     return OutboxRow(
         record["id"],
         Event(

@@ -15,11 +15,11 @@ from anyio.abc import TaskStatus
 from authd.config import BUCKETS
 from authd.errors import Unavailable
 from authd.infra.observe import metrics
+from authd.infra.subject import Subject
 from authd.infra.tasks.backoff import Backoff
 from authd.infra.tasks.every import every
 from authd.sessions.postgres import Revocation, Revocations
 from authd.sessions.redis import SessionStore
-from authd.tokens.mac import Subject
 
 #: Tasks that apply rows, and tasks that write endings: the latter wait for Postgres, the former for either.
 CATCH_UP_TASKS = 4

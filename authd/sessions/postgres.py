@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-import asyncpg
 import msgspec
 
 from authd.config import BUCKETS
 from authd.events.factory import EventFactory, revocation_record
 from authd.events.postgres import add_events
-from authd.infra.postgres.database import Connection, Database
+from authd.infra.postgres.database import Connection, Database, Record
 from authd.infra.postgres.queries import load_queries
-from authd.tokens.mac import Subject
+from authd.infra.subject import Subject
 
 _QUERIES = load_queries(__package__)
 #: Rows read in one statement while Redis catches up.
@@ -166,7 +165,7 @@ def _endings(subject: Subject, session_ids: Sequence[bytes], reason: str) -> lis
     return [Ending(subject, session_id, reason) for session_id in session_ids]
 
 
-def _place(bucket: int, rows: Sequence[asyncpg.Record]) -> Revoked:
+def _place(bucket: int, rows: Sequence[Record]) -> Revoked:
     if not rows:
         raise RuntimeError(f"revocation_heads has no bucket {bucket}")
     return Revoked(bucket, max(row["number"] for row in rows))

@@ -19,12 +19,12 @@ from authd.events.factory import EventFactory, iso
 from authd.events.redis import EventStreams, StreamEntry
 from authd.infra.encoding import encode_base64url
 from authd.infra.observe import metrics
+from authd.infra.subject import Subject
 from authd.infra.tasks.work_set import WorkSet
 from authd.sessions.feed import RevocationFeed
 from authd.sessions.postgres import Ending
 from authd.sessions.redis import unpack_caller
 from authd.sessions.relay_store import Relayed, RelayStore
-from authd.tokens.mac import Subject
 
 #: Entries moved in one transaction.
 ENTRIES_MAX = 200

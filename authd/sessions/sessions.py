@@ -29,12 +29,12 @@ from authd.events.factory import iso
 from authd.infra.caller import Caller
 from authd.infra.encoding import decode_base64url, encode_base64url
 from authd.infra.redis.client import bucket_of_user
+from authd.infra.subject import Subject
 from authd.login.password import PasswordCheck
 from authd.sessions.feed import RevocationFeed
 from authd.sessions.postgres import Revocations
 from authd.sessions.redis import Behind, Denied, Live, LiveSession, Opened, Owner, Rotated, SessionStore
 from authd.tokens.access import AccessClaims, ExpiredToken, InvalidToken, TokenMint
-from authd.tokens.mac import Subject
 from authd.tokens.refresh import SESSION_ID_BYTES, RefreshToken
 from authd.users.postgres import User, Users
 from authd.users.profile import Profile, profile_of

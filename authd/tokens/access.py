@@ -12,7 +12,7 @@ from joserfc.jws import JWSRegistry
 
 from authd.infra.clocks import Clock
 from authd.infra.encoding import decode_base64url, encode_base64url
-from authd.tokens.mac import Subject
+from authd.infra.subject import Subject
 from authd.tokens.refresh import SESSION_ID_BYTES, RefreshToken, make_refresh_token, read_refresh_token
 from authd.tokens.ring import Algorithm, KeyRing, SigningKey
 

@@ -17,7 +17,8 @@ from datetime import datetime
 import msgspec
 
 from authd.infra.clocks import Clock
-from authd.tokens.mac import MacToken, Subject
+from authd.infra.subject import Subject
+from authd.tokens.mac import MacToken
 from authd.tokens.ring import KeyRing
 
 #: Longer than any time a user who still uses the service stays away.

@@ -1,10 +1,10 @@
-"""What tokens share that no other service reads: fields of fixed size under a MAC, and whom they are about. Pure."""
+"""Tokens that no other service reads: fields of fixed size under a MAC. Pure: no I/O."""
 
 import hashlib
 import hmac
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
@@ -12,19 +12,6 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from authd.infra.encoding import decode_base64url, encode_base64url
 
 MAC_BYTES = hashlib.sha256().digest_size
-
-
-class Subject(NamedTuple):
-    """Whom tokens, rows of the log and keys in Redis are about: a user's id, and the random number of its row. An id
-    that Postgres gives again after a restore is another subject.
-    """
-
-    user_id: int
-    incarnation: int
-
-    def __str__(self) -> str:
-        """Return the form that the names of keys in Redis have."""
-        return f"{self.user_id}:{self.incarnation}"
 
 
 class MacToken:

@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from authd.tokens.mac import MacToken, Subject
+from authd.infra.subject import Subject
+from authd.tokens.mac import MacToken
 
 SESSION_ID_BYTES = 16
 #: What a session's login proved, in bits, and what the session is. Each has a place for what later versions add.

@@ -10,8 +10,8 @@ from authd.events.factory import EventFactory
 from authd.events.postgres import add_events
 from authd.infra.postgres.database import Database
 from authd.infra.postgres.queries import load_queries
+from authd.infra.subject import Subject
 from authd.sessions.postgres import RevocationWriter, Revoked
-from authd.tokens.mac import Subject
 
 _QUERIES = load_queries(__package__)
 

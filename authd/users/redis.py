@@ -1,7 +1,7 @@
 """The cached users: what /auth/me shows, with the version of the row it came from."""
 
 from authd.infra.redis.client import RedisClient, bucket_of_user
-from authd.tokens.mac import Subject
+from authd.infra.subject import Subject
 
 
 class UserCache:

@@ -19,11 +19,11 @@ from authd.config import BUCKETS, Secret, Settings
 from authd.infra.caller import Caller
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.redis.client import RedisClient, open_redis
+from authd.infra.subject import Subject
 from authd.login.redis import Throttle
 from authd.sessions.feed import RevocationFeed
 from authd.sessions.redis import LiveSession, Opened, Owner
 from authd.sessions.relay import EventRelay
-from authd.tokens.mac import Subject
 from authd.tokens.refresh import SESSION_ID_BYTES, RefreshToken
 
 PATIENCE_S = 60.0

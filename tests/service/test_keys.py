@@ -18,10 +18,10 @@ from service.world import JWT_SECRET, together, until
 from authd.config import Secret, Settings
 from authd.embedded import PostgresServer
 from authd.infra.postgres.database import Database, open_database
+from authd.infra.subject import Subject
 from authd.tokens.access import InvalidToken, MintSettings, TokenMint, decode_base64url
 from authd.tokens.device import DEVICE_TTL_S
 from authd.tokens.keeper import EXPIRY_MARGIN, KeyKeeper, KeySettings, SealedByAnotherSecret
-from authd.tokens.mac import Subject
 from authd.tokens.postgres import Keys
 from authd.tokens.ring import KeyRing
 

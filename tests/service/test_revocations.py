@@ -13,10 +13,10 @@ from structlog.testing import capture_logs
 from authd.config import BUCKETS
 from authd.embedded import PostgresServer
 from authd.errors import Unavailable
+from authd.infra.subject import Subject
 from authd.sessions.postgres import CATCH_UP_ROWS
 from authd.sessions.redis import Behind
 from authd.tokens.access import SESSION_ID_BYTES
-from authd.tokens.mac import Subject
 from authd.users.postgres import User
 
 # Redis goes back in time

@@ -16,7 +16,7 @@ from authd.config import BUCKETS
 from authd.errors import InvalidCredentials
 from authd.infra.postgres.queries import load_queries
 from authd.infra.redis.client import load_script
-from authd.tokens.mac import Subject
+from authd.infra.subject import Subject
 from authd.tokens.refresh import SESSION_ID_BYTES
 
 AUTHD = Path(str(files("authd")))

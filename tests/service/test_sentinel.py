@@ -33,8 +33,8 @@ from authd.embedded.processes import free_port
 from authd.embedded.redis import _find_program
 from authd.errors import Unavailable
 from authd.infra.redis.client import RedisClient, open_redis
+from authd.infra.subject import Subject
 from authd.sessions.redis import Live, Opened, Owner, SessionSettings, SessionStore
-from authd.tokens.mac import Subject
 
 SERVICE = "authd-redis"
 SENTINELS, QUORUM = 3, 2

@@ -6,7 +6,7 @@ import pytest
 from service.world import PASSWORD_HASH, World, together
 
 from authd.config import BUCKETS
-from authd.tokens.mac import Subject
+from authd.infra.subject import Subject
 
 pytestmark = pytest.mark.parametrize("redis_url", ["single"], indirect=True)
 

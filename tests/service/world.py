@@ -29,6 +29,7 @@ from authd.infra.caller import Caller
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.postgres.migrate import migrate
 from authd.infra.redis.client import RedisClient, open_redis
+from authd.infra.subject import Subject
 from authd.login.redis import Throttle
 from authd.passwords.formats import hash_password
 from authd.passwords.hasher import Hasher
@@ -38,7 +39,6 @@ from authd.sessions.redis import Owner, SessionStore
 from authd.sessions.relay import EventRelay
 from authd.sessions.sessions import Sessions, TokenPair
 from authd.tokens.access import TokenMint
-from authd.tokens.mac import Subject
 from authd.tokens.refresh import RefreshToken
 from authd.tokens.ring import DataKey, KeyRing, MacKey
 from authd.tokens.seal import shared_signing_key

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from authd.config import Secret, Settings
 from authd.infra.encoding import decode_base64url, encode_base64url
+from authd.infra.subject import Subject
 from authd.tokens.access import MintSettings, TokenMint
 from authd.tokens.device import DEVICE_ID_BYTES, DEVICE_TTL_S, Device, DeviceMint
-from authd.tokens.mac import Subject
 from authd.tokens.refresh import RefreshToken
 from authd.tokens.ring import KeyRing, MacKey
 

@@ -15,6 +15,7 @@ from joserfc import jwt as jose_jwt
 from joserfc.jwk import ECKey
 
 from authd.config import Secret, Settings
+from authd.infra.subject import Subject
 from authd.tokens.access import (
     ACCESS_TOKEN_CHARS_MAX,
     CLOCKS_APART_S,
@@ -25,7 +26,6 @@ from authd.tokens.access import (
     decode_base64url,
     encode_base64url,
 )
-from authd.tokens.mac import Subject
 from authd.tokens.refresh import RefreshToken
 from authd.tokens.ring import DataKey, KeyRing, MacKey, SigningKey
 from authd.tokens.seal import KeySeal, generate_signing_key, load_signing_key, shared_signing_key

@@ -34,6 +34,7 @@ LOCK_SHARE, STATEMENT_SHARE = 1 / 3, 0.8
 
 #: A string: the class is generic only in its type stubs.
 Connection: TypeAlias = "PoolConnectionProxy[asyncpg.Record]"
+Record: TypeAlias = asyncpg.Record
 
 #: Errors of a server that answers: something in it is in use. They say nothing about the server, so they do not open
 #: the breaker: one held lock must not refuse the requests that do not need it.
