@@ -28,7 +28,7 @@ def make_endpoints(services: Services) -> list[Endpoint]:
     settings, health = services.settings, services.health
     endpoints = [
         *make_account_endpoints(settings, services.accounts),
-        *make_login_endpoints(settings, services.sessions),
+        *make_login_endpoints(settings, services.logins),
         *make_session_endpoints(settings, services.sessions),
         *make_user_endpoints(services.sessions.profile),
         *make_oauth_endpoints(settings, services.clients, services.token_desk),

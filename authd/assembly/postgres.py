@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 
+from authd.accounts.disabling import Disabling
 from authd.config import Settings
 from authd.events.factory import EventFactory
 from authd.events.postgres import Outbox
@@ -23,8 +24,9 @@ class PostgresStores:
             has_broker=bool(settings.kafka_bootstrap_servers), access_ttl_s=settings.access_ttl_s
         )
         writer = RevocationWriter(self.events, timedelta(seconds=settings.session_ttl_s))
-        self.users = Users(database, writer, self.events)
-        self.revocations = Revocations(database, writer, self.events)
+        self.users = Users(database, self.events)
+        self.revocations = Revocations(database, self.users, writer, self.events)
+        self.disabling = Disabling(database, self.users, writer, self.events)
         self.relay = RelayStore(database, writer)
         self.outbox = Outbox(database)
         self.keys = Keys(database)

@@ -13,6 +13,8 @@ from authd.events.publisher import OutboxWatch, Publisher, PublisherSettings
 from authd.infra.clocks import Clock
 from authd.infra.kafka.producer import KafkaSettings, Producer
 from authd.infra.observe.health import Health
+from authd.login.gate import refuse_tokens
+from authd.login.login import Login
 from authd.login.password import PasswordCheck
 from authd.oauth.clients import ClientRegistry
 from authd.oauth.introspection import TokenDesk
@@ -64,8 +66,8 @@ class Services:
         self._build_tokens()
         self._build_passwords()
         self._build_feed()
-        self._build_login()
         self._build_sessions()
+        self._build_login()
         self._build_accounts()
         self._build_oauth()
         self._build_health()
@@ -108,10 +110,6 @@ class Services:
             sweep_s=self._intervals.relay_sweep_s,
         )
 
-    def _build_login(self) -> None:
-        self.throttle = build_throttle(self.settings, self.redis.client, self.ring)
-        self.passwords = PasswordCheck(self.settings, self.postgres.users, self.throttle, self.hasher, self.devices)
-
     def _build_sessions(self) -> None:
         self.sessions = Sessions(
             self.mint,
@@ -119,10 +117,15 @@ class Services:
             self.postgres.revocations,
             self.redis.sessions,
             self.redis.user_cache,
-            self.passwords,
             self.feed,
+            refuse_tokens,
             self.relay.offer,
         )
+
+    def _build_login(self) -> None:
+        self.throttle = build_throttle(self.settings, self.redis.client, self.ring)
+        self.passwords = PasswordCheck(self.settings, self.postgres.users, self.throttle, self.hasher, self.devices)
+        self.logins = Login(self.passwords, self.sessions)
 
     def _build_accounts(self) -> None:
         self.accounts = Accounts(self.postgres.users, self.hasher, self.throttle, self.offer_lane)

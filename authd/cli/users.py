@@ -78,7 +78,7 @@ async def unlock_user(settings: Settings, username: str, address: str | None) ->
 async def _set_disabled(settings: Settings, username: str, *, disabled: bool) -> int:
     async with open_database(settings) as database, open_redis(settings) as redis:
         stores = PostgresStores(settings, database)
-        row = await stores.users.set_disabled(username_key(username), disabled=disabled)
+        row = await stores.disabling.set_disabled(username_key(username), disabled=disabled)
         if row is None:
             return _no_user("or it is so already")
         feed = RevocationFeed(stores.revocations, RedisStores(settings, redis).sessions)

@@ -16,7 +16,7 @@ from anyio.abc import TaskStatus
 from authd.errors import Unavailable
 from authd.events.contract import Event
 from authd.events.postgres import LANE_ROWS, Lane, Outbox, OutboxRow
-from authd.infra.kafka.producer import END_TIMEOUT_S, BrokerAway, Producer, RecordRefused, TopicUnusable
+from authd.infra.kafka.producer import END_TIMEOUT_S, BrokerAway, Producer, Record, RecordRefused, TopicUnusable
 from authd.infra.observe import metrics
 from authd.infra.tasks.backoff import Backoff
 from authd.infra.tasks.every import every
@@ -247,7 +247,7 @@ class Publisher:
 
     async def _send(self, event: Event, topic: str) -> None:
         key = self._registration_key if event.key is None else event.key
-        await self._producer.send(event, topic, key.encode())
+        await self._producer.send(make_record(event, topic, key.encode()))
 
     async def _settle(self, held: Lane, outcome: "_Outcome") -> None:
         """Write down what became of the rows, in the lane's transaction."""
@@ -292,6 +292,16 @@ class _Outcome(msgspec.Struct):
     away: BrokerAway | None = None
     has_answer: bool = False
     has_more: bool = False
+
+
+def make_record(event: Event, topic: str, key: bytes) -> Record:
+    """Return what Kafka is to hold: the event's value, and its identity as headers."""
+    headers = [
+        ("event_id", str(event.id).encode()),
+        ("event_type", event.type.encode()),
+        ("schema_version", str(event.version).encode()),
+    ]
+    return Record(topic, key, event.value, headers)
 
 
 def _report_refusal(refusal: _Refusal) -> None:

@@ -13,7 +13,7 @@ from authd.infra.http.cors import refuse_cross_site
 from authd.infra.http.endpoint import FORM, NO_STORE, PUBLIC, STORES_UNAVAILABLE, Endpoint, Endpoints
 from authd.infra.http.reading import read_form
 from authd.infra.http.replies import json_response
-from authd.sessions.sessions import LoginPair, Sessions
+from authd.login.login import Login, LoginPair
 
 
 class LoginForm(msgspec.Struct):
@@ -27,7 +27,7 @@ class LoginForm(msgspec.Struct):
     client_secret: str | UnsetType = UNSET
 
 
-def make_login_endpoints(settings: Settings, sessions: Sessions) -> list[Endpoint]:
+def make_login_endpoints(settings: Settings, logins: Login) -> list[Endpoint]:
     endpoint = Endpoints()
 
     @endpoint(
@@ -46,6 +46,6 @@ def make_login_endpoints(settings: Settings, sessions: Sessions) -> list[Endpoin
         form = await read_form(request, "username", "password")
         caller = find_caller(request, settings.trusted_proxies)
         device_token = form.get("device_token") or request.headers.get("X-Device-Token", "")
-        return json_response(await sessions.login(form["username"], form["password"], caller, device_token))
+        return json_response(await logins.log_in(form["username"], form["password"], caller, device_token))
 
     return endpoint.declared

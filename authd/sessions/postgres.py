@@ -11,6 +11,7 @@ from authd.events.postgres import add_events
 from authd.infra.postgres.database import Connection, Database, Record
 from authd.infra.postgres.queries import load_queries
 from authd.infra.subject import Subject
+from authd.users.postgres import Users
 
 _QUERIES = load_queries(__package__)
 #: Rows read in one statement while Redis catches up.
@@ -102,10 +103,17 @@ class RevocationWriter:
 
 
 class Revocations:
-    def __init__(self, database: Database, writer: RevocationWriter, events: EventFactory) -> None:
+    def __init__(self, database: Database, users: Users, writer: RevocationWriter, events: EventFactory) -> None:
         self._database = database
+        self._users = users
         self._writer = writer
         self._events = events
+
+    async def end_all(self, subject: Subject, reason: str) -> Revoked | None:
+        """Raise the user's epoch and log it in one transaction; None where the user is gone."""
+        async with self._database.transaction(bucket=subject.user_id % BUCKETS) as connection:
+            epoch = await self._users.raise_epoch(connection, subject)
+            return None if epoch is None else await self._writer.end_all(connection, subject, epoch, reason)
 
     async def end_sessions(self, subject: Subject, session_ids: Sequence[bytes], reason: str) -> Revoked:
         """Log the ending of at least one session of a user in one transaction, also where the user is gone; the last

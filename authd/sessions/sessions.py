@@ -30,7 +30,6 @@ from authd.infra.caller import Caller
 from authd.infra.encoding import decode_base64url, encode_base64url
 from authd.infra.redis.client import bucket_of_user
 from authd.infra.subject import Subject
-from authd.login.password import PasswordCheck
 from authd.sessions.feed import RevocationFeed
 from authd.sessions.postgres import Revocations
 from authd.sessions.redis import Behind, Denied, Live, LiveSession, Opened, Owner, Rotated, SessionStore
@@ -47,6 +46,8 @@ RECORD_WAIT_S = 2.0
 
 LogoutScope = Literal["current", "others", "all"]
 Answer = TypeVar("Answer")
+#: Says why a subject may have no tokens now, None where it may, by its row as read just before: see login/gate.py.
+Gate = Callable[[Subject, User | None], str | None]
 
 _log = structlog.get_logger()
 
@@ -61,15 +62,6 @@ class TokenPair(msgspec.Struct, frozen=True, kw_only=True):
 
     def __repr__(self) -> str:
         return "TokenPair(***)"
-
-
-class LoginPair(TokenPair, frozen=True, kw_only=True):
-    """What a login answers. `device_token`: to be sent along with this device's next login; it opens nothing."""
-
-    device_token: str
-
-    def __repr__(self) -> str:
-        return "LoginPair(***)"
 
 
 class SessionView(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,8 +84,8 @@ class Sessions:
         revocations: Revocations,
         store: SessionStore,
         cache: UserCache,
-        passwords: PasswordCheck,
         feed: RevocationFeed,
+        gate: Gate,
         on_event: Callable[[int], None],
     ) -> None:
         """`on_event` is called with each bucket in which a script recorded an event."""
@@ -102,19 +94,42 @@ class Sessions:
         self._revocations = revocations
         self._store = store
         self._cache = cache
-        self._passwords = passwords
         self._feed = feed
+        self._gate = gate
         self._on_event = on_event
 
-    async def login(self, username: str, password: str, caller: Caller, device_token: str = "") -> LoginPair:
-        """Open a session for whoever knows the password.
+    async def open(self, user: User, caller: Caller) -> TokenPair:
+        """Open a session for a user who has just proved who it is, by this row.
 
-        :raises InvalidCredentials, LoginLocked, Unavailable: see `PasswordCheck.check`.
+        :raises InvalidCredentials: when by now the user may have no tokens, or has another password.
         :raises SessionLimit: only with the policy `refuse`.
+        :raises Unavailable:
         """
-        checked = await self._passwords.check(username, password, caller.address, device_token)
-        pair = await self._open(checked.user, caller)
-        return LoginPair(**msgspec.structs.asdict(pair), device_token=checked.device_token)
+        session_id = secrets.token_bytes(SESSION_ID_BYTES)
+        bucket = bucket_of_user(user.id)
+        for _ in range(ROUNDS_MAX):
+            if self._gate(user.subject, user) is not None:
+                raise InvalidCredentials
+            self._feed.learn(bucket, user.revocation)
+            open_session = partial(self._store.open, _owner(user), session_id, self._mint.mac_key_id(), caller)
+            answer = await self._ask(bucket, open_session)
+            if isinstance(answer, Opened):
+                self._on_event(bucket)
+                await self._record(user.subject, answer.evicted, "evicted")
+                return self._pair(user.subject, answer.session)
+            if answer.status == "refused":
+                raise SessionLimit
+            if answer.status == "ended":
+                # Opened by a run whose reply did not count, and evicted since: this login begins anew.
+                session_id = secrets.token_bytes(SESSION_ID_BYTES)
+                continue
+            # All sessions ended while the password was hashed. What was verified may be an old password: its version
+            # tells, and not the hash, which a parallel login may have renewed.
+            fresh = await self._users.find(*user.subject)
+            if fresh is None or fresh.password_version != user.password_version:
+                raise InvalidCredentials
+            user = fresh
+        raise Unavailable("session_store")
 
     async def refresh(self, refresh_token: str, caller: Caller) -> TokenPair:
         """Exchange a refresh token for its successor, once; see session_rotate.lua.
@@ -207,7 +222,7 @@ class Sessions:
             await self.end_logged(claims.subject, [claims.session_id], "logout")
             return
         if scope == "all":
-            row = await self._users.end_all_sessions(claims.subject, "logout")
+            row = await self._revocations.end_all(claims.subject, "logout")
             if row is not None:
                 await self._feed.applied(row.bucket, row.number)
                 return
@@ -261,39 +276,11 @@ class Sessions:
     async def _list(self, subject: Subject) -> list[LiveSession]:
         return await self._ask(bucket_of_user(subject.user_id), partial(self._store.list_live, subject))
 
-    async def _open(self, user: User, caller: Caller) -> TokenPair:
-        session_id = secrets.token_bytes(SESSION_ID_BYTES)
-        bucket = bucket_of_user(user.id)
-        for _ in range(ROUNDS_MAX):
-            self._feed.learn(bucket, user.revocation)
-            open_session = partial(self._store.open, _owner(user), session_id, self._mint.mac_key_id(), caller)
-            answer = await self._ask(bucket, open_session)
-            if isinstance(answer, Opened):
-                self._on_event(bucket)
-                await self._record(user.subject, answer.evicted, "evicted")
-                return self._pair(user.subject, answer.session)
-            if answer.status == "refused":
-                raise SessionLimit
-            if answer.status == "ended":
-                # Opened by a run whose reply did not count, and evicted since: this login begins anew.
-                session_id = secrets.token_bytes(SESSION_ID_BYTES)
-                continue
-            # All sessions ended while the password was hashed. What was verified may be an old password: its version
-            # tells, and not the hash, which a parallel login may have renewed.
-            fresh = await self._users.find(*user.subject)
-            if fresh is None or fresh.disabled or fresh.password_version != user.password_version:
-                raise InvalidCredentials
-            user = fresh
-        raise Unavailable("session_store")
-
     async def _rebuild(self, token: RefreshToken, key_id: int, caller: Caller) -> Opened | Denied:
         """Put back a session that Redis lost, if Postgres has not ended it."""
         user, ended = await self._users.find_of_session(token.subject, token.session_id)
-        if user is None:
-            reason: str | None = "user_deleted"
-        elif user.disabled:
-            reason = "user_disabled"
-        else:
+        reason = self._gate(token.subject, user)
+        if reason is None and user is not None:
             reason = ended if ended or user.epoch == token.epoch else "logout"
         if reason is not None or user is None:
             await self._store.bury(token, reason or "")

@@ -1,17 +1,14 @@
 """The users, and the endings of sessions that a change of the user brings."""
 
 from datetime import datetime
-from typing import Literal
 
 import msgspec
 
-from authd.config import BUCKETS
 from authd.events.factory import EventFactory
 from authd.events.postgres import add_events
-from authd.infra.postgres.database import Database
+from authd.infra.postgres.database import Connection, Database
 from authd.infra.postgres.queries import load_queries
 from authd.infra.subject import Subject
-from authd.sessions.postgres import RevocationWriter, Revoked
 
 _QUERIES = load_queries(__package__)
 
@@ -56,9 +53,8 @@ class NewUser(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Users:
-    def __init__(self, database: Database, writer: RevocationWriter, events: EventFactory) -> None:
+    def __init__(self, database: Database, events: EventFactory) -> None:
         self._database = database
-        self._writer = writer
         self._events = events
 
     async def insert(self, username: str, username_key: str, full_name: str, password_hash: str) -> NewUser | None:
@@ -95,20 +91,16 @@ class Users:
         """Renew the hash of the same password; False where another renewed or changed it meanwhile."""
         return await self._database.fetch_row(_QUERIES["set_password_hash"], user_id, old, new) is not None
 
-    async def end_all_sessions(self, subject: Subject, reason: str) -> Revoked | None:
-        """Raise the user's epoch and log it; None where the user is gone."""
-        async with self._database.transaction(bucket=subject.user_id % BUCKETS) as connection:
-            row = await connection.fetchrow(_QUERIES["raise_epoch"], *subject)
-            return None if row is None else await self._writer.end_all(connection, subject, row["epoch"], reason)
+    async def raise_epoch(self, connection: Connection, subject: Subject) -> int | None:
+        """Raise the epoch in the caller's transaction, which locks the row. Return it, None where the user is gone."""
+        row = await connection.fetchrow(_QUERIES["raise_epoch"], *subject)
+        return row["epoch"] if row is not None else None
 
-    async def set_disabled(self, username_key: str, *, disabled: bool) -> Revoked | None:
-        """Disable or enable, and end all sessions; None where no such user, or nothing changed."""
-        query = _QUERIES["disable_user" if disabled else "enable_user"]
-        async with self._database.transaction() as connection:
-            row = await connection.fetchrow(query, username_key)
-            if row is None:
-                return None
-            kind: Literal["user.disabled", "user.enabled"] = "user.disabled" if disabled else "user.enabled"
-            await add_events(connection, self._events.user_changed(kind, row["id"]))
-            subject = Subject(row["id"], row["incarnation"])
-            return await self._writer.end_all(connection, subject, row["epoch"], kind.replace(".", "_"))
+    async def set_disabled(
+        self, connection: Connection, username_key: str, *, disabled: bool
+    ) -> tuple[Subject, int] | None:
+        """Disable or enable the user in the caller's transaction, and raise its epoch. Return whom and the epoch, None
+        where there is no such user or nothing changed. Locks the row.
+        """
+        row = await connection.fetchrow(_QUERIES["disable_user" if disabled else "enable_user"], username_key)
+        return (Subject(row["id"], row["incarnation"]), row["epoch"]) if row is not None else None

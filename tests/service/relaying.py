@@ -123,7 +123,7 @@ class Node:
         self.offer_lane(user_id % BUCKETS)
 
     async def end_all(self, user_id: int, reason: str = "logout") -> None:
-        assert await self.remembered.users.end_all_sessions(await self.subject(user_id), reason) is not None
+        assert await self.remembered.revocations.end_all(await self.subject(user_id), reason) is not None
         self.offer_lane(user_id % BUCKETS)
 
     async def rows(self, channel: str = "events", user_id: int | None = None) -> list[Any]:

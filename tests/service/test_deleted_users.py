@@ -58,7 +58,7 @@ async def test_a_deletion_and_logouts_in_one_bucket_leave_no_gap(world: World) -
     await world.database.fetch("ALTER SEQUENCE users_id_seq INCREMENT BY 256")
     users = [await world.register() for _ in range(20)]
     calls = [partial(delete, world, user) for user in users[:10]]
-    calls += [partial(world.users.end_all_sessions, user.subject, "logout") for user in users]
+    calls += [partial(world.revocations.end_all, user.subject, "logout") for user in users]
     await together(*calls)
     (bucket,) = await world.revocations.heads()
     rows = await world.database.fetch("SELECT number FROM revocations WHERE bucket = $1 ORDER BY 1", bucket)

@@ -18,7 +18,7 @@ from authd.config import BUCKETS, ConfigError, Settings, parse_settings
 from authd.embedded import KafkaBroker, PostgresServer
 from authd.events.contract import Event
 from authd.events.postgres import LANE_ROWS, Outbox, add_events
-from authd.events.publisher import Publisher, PublisherSettings
+from authd.events.publisher import Publisher, PublisherSettings, make_record
 from authd.infra.kafka.producer import BrokerAway, KafkaSettings, Producer, RecordRefused
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.postgres.migrate import migrate
@@ -293,7 +293,7 @@ async def test_a_topic_that_nobody_can_be_asked_about_is_not_said_to_be_missing(
             await producer.wait_connected()
         await kafka_broker.pause()
         with pytest.raises(BrokerAway):
-            await producer.send(make_event(1, 0), f"{impatient.kafka_registration_topic}.other", b"key")
+            await producer.send(make_record(make_event(1, 0), f"{impatient.kafka_registration_topic}.other", b"key"))
         assert not await producer.has_topic(impatient.kafka_registration_topic)
         group.cancel_scope.cancel()
 
@@ -333,7 +333,7 @@ async def used_producer(settings: Settings) -> AsyncIterator[Callable[[Event], C
     producer = Producer(settings.section(KafkaSettings))
 
     async def send(event: Event) -> None:
-        await producer.send(event, settings.kafka_registration_topic, b"key")
+        await producer.send(make_record(event, settings.kafka_registration_topic, b"key"))
 
     async with anyio.create_task_group() as group:
         await group.start(producer.run)

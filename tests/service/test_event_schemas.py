@@ -126,7 +126,7 @@ async def make_every_event(node: Node) -> tuple[int, set[str]]:
     await node.end(user, third)
     name = (await node.database.fetch("SELECT username_key FROM users"))[0]["username_key"]
     for is_disabled in (True, False):
-        await node.remembered.users.set_disabled(name, disabled=is_disabled)
+        await node.remembered.disabling.set_disabled(name, disabled=is_disabled)
     await node.end_all(user)
     for account, user_id in ((name, user), ("nobody@example.org", 0)):
         attempt = await node.throttle.reserve(CLIENT.address, account, user_id)

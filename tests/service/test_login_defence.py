@@ -53,7 +53,8 @@ class Defence:
         self.clock = Clock()
         stores = PostgresStores(settings, database), RedisStores(settings, redis)
         self.services = Services(settings, *stores, ring, clock=self.clock)
-        self.users, self.throttle = self.services.postgres.users, self.services.throttle
+        self.users, self.disabling = self.services.postgres.users, self.services.postgres.disabling
+        self.throttle = self.services.throttle
         self.hasher, self.devices = self.services.hasher, self.services.devices
         self.passwords, self.accounts = self.services.passwords, self.services.accounts
 
@@ -356,7 +357,7 @@ async def test_disabling_a_user_ends_the_use_of_its_device_tokens(make: Make) ->
     user = await defence.new_user()
     token = (await defence.check(user.username)).device_token
     for disabled in (True, False):
-        assert await defence.users.set_disabled(user.username, disabled=disabled) is not None
+        assert await defence.disabling.set_disabled(user.username, disabled=disabled) is not None
     fresh = (await defence.check(user.username)).device_token
     await defence.lock_account(user)
     assert await defence.outcome(user.username, PASSWORD, HOME, token) == "login_locked"
@@ -416,7 +417,7 @@ async def test_a_device_is_counted_under_itself_alone(make: Make) -> None:
 async def test_every_refused_login_hashes_once_at_the_same_cost(make: Make, hashes: list[bytes]) -> None:
     defence = await make()
     user, disabled = await defence.new_user(), await defence.new_user()
-    await defence.users.set_disabled(disabled.username, disabled=True)
+    await defence.disabling.set_disabled(disabled.username, disabled=True)
     token = (await defence.check(user.username)).device_token
     refusals = []
     for name, password in [

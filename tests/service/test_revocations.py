@@ -81,7 +81,7 @@ async def test_a_replica_learns_the_heads_by_itself(world: World, monkeypatch: p
     monkeypatch.setattr("authd.sessions.feed.HEADS_INTERVAL_S", 0.01)
     user = await world.register()
     other = await world.replica()
-    row = await world.users.end_all_sessions(user.subject, "logout")
+    row = await world.revocations.end_all(user.subject, "logout")
     assert row is not None
 
     async def is_known() -> bool:
@@ -213,7 +213,7 @@ async def test_a_log_that_lost_rows_is_not_asked_for_them_without_end(world: Wor
 async def test_a_client_that_hangs_up_after_the_commit_stops_nothing(world: World) -> None:
     user = await world.register()
     pair = await world.login(user)
-    row = await world.users.end_all_sessions(user.subject, "logout")
+    row = await world.revocations.end_all(user.subject, "logout")
     assert row is not None
     with anyio.CancelScope() as request:
         request.cancel()

@@ -536,7 +536,7 @@ async def test_a_redis_that_wakes_after_the_clients_left_changes_nothing(
         for outcome in await together(*calls, partial(world.sessions.profile, pair.access_token)):
             assert isinstance(outcome, Unavailable) and outcome.part == "session_store"
         # A logout that Postgres has stands, and is applied before the user is served.
-        row = await world.users.end_all_sessions(other.subject, "logout")
+        row = await world.revocations.end_all(other.subject, "logout")
         assert row is not None
         with pytest.raises(Unavailable):
             await world.feed.applied(row.bucket, row.number)

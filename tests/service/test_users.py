@@ -43,39 +43,39 @@ async def test_a_taken_name_costs_no_event_of_its_own(world: World) -> None:
 async def test_ending_all_sessions_raises_version_and_epoch_and_logs_both_in_one_transaction(world: World) -> None:
     user = await world.register()
     assert (user.version, user.epoch, user.revocation) == (1, 1, 0)
-    row = await world.users.end_all_sessions(user.subject, "logout")
+    row = await world.revocations.end_all(user.subject, "logout")
     again = await world.users.find(*user.subject)
     assert row is not None and again is not None
     assert (again.version, again.epoch, again.revocation) == (2, 2, row.number)
     assert await world.rows(user.id) == [(None, 2, "logout")]
     await world.database.fetch("ALTER TABLE revocations ADD CHECK (number < 2)")
     with pytest.raises(asyncpg.CheckViolationError):
-        await world.users.end_all_sessions(user.subject, "logout")
+        await world.revocations.end_all(user.subject, "logout")
     assert await world.users.find(*user.subject) == again
 
 
 async def test_concurrent_endings_of_one_user_are_numbered_in_the_order_of_their_epochs(world: World) -> None:
     user = await world.register()
-    await together(*[partial(world.users.end_all_sessions, user.subject, "logout")] * 20)
+    await together(*[partial(world.revocations.end_all, user.subject, "logout")] * 20)
     assert await world.rows(user.id) == [(None, epoch, "logout") for epoch in range(2, 22)]
 
 
 async def test_a_user_is_disabled_and_enabled_once(world: World) -> None:
     user = await world.register()
-    assert await world.users.set_disabled(user.username, disabled=False) is None
-    results = await together(*[partial(world.users.set_disabled, user.username, disabled=True)] * 5)
+    assert await world.disabling.set_disabled(user.username, disabled=False) is None
+    results = await together(*[partial(world.disabling.set_disabled, user.username, disabled=True)] * 5)
     assert sum(row is not None for row in results) == 1
     found = await world.users.find_by_username_key(user.username)
     assert found is not None and found.disabled and (found.version, found.epoch) == (2, 2)
-    assert await world.users.set_disabled(user.username, disabled=False) is not None
+    assert await world.disabling.set_disabled(user.username, disabled=False) is not None
     found = await world.users.find(*user.subject)
     assert found is not None and not found.disabled
     assert [reason for _, _, reason in await world.rows(user.id)] == ["user_disabled", "user_enabled"]
 
 
 async def test_nothing_is_logged_for_a_user_who_is_not_there(world: World) -> None:
-    assert await world.users.end_all_sessions(Subject(404, 1), "logout") is None
-    assert await world.users.set_disabled("nobody@example.org", disabled=True) is None
+    assert await world.revocations.end_all(Subject(404, 1), "logout") is None
+    assert await world.disabling.set_disabled("nobody@example.org", disabled=True) is None
     assert await world.users.find(404, None) is None
     assert await world.users.find_of_session(Subject(404, 1), bytes(16)) == (None, None)
     assert await world.revocations.heads() == {}

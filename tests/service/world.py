@@ -99,17 +99,17 @@ class Replica:
     def __post_init__(self) -> None:
         postgres, redis = PostgresStores(self.settings, self.database), RedisStores(self.settings, self.redis)
         self.services = Services(self.settings, postgres, redis, self.ring, clock=self.clock)
-        self.users, self.revocations = postgres.users, postgres.revocations
+        self.users, self.revocations, self.disabling = postgres.users, postgres.revocations, postgres.disabling
         self.store, self.cache = redis.sessions, redis.user_cache
         self.mint, self.throttle, self.hasher = self.services.mint, self.services.throttle, self.services.hasher
         self.feed, self.relay, self.sessions = self.services.feed, self.services.relay, self.services.sessions
 
     async def login(self, user: User, password: str = PASSWORD, caller: Caller = CLIENT) -> TokenPair:
-        return await self.sessions.login(user.username, password, caller)
+        return await self.services.logins.log_in(user.username, password, caller)
 
     async def open(self, user: User, caller: Caller = CLIENT) -> TokenPair:
         """A login whose password is known to be right, for tests with thousands of them."""
-        return await self.sessions._open(user, caller)
+        return await self.sessions.open(user, caller)
 
     async def refresh(self, refresh_token: str, caller: Caller = CLIENT) -> TokenPair:
         return await self.sessions.refresh(refresh_token, caller)
@@ -132,12 +132,12 @@ class Replica:
 
     async def end_all(self, user: User, reason: str = "logout") -> None:
         """What every ending of all sessions does, with no session needed to ask for it."""
-        row = await self.users.end_all_sessions(user.subject, reason)
+        row = await self.revocations.end_all(user.subject, reason)
         assert row is not None
         await self.feed.applied(row.bucket, row.number)
 
     async def set_disabled(self, user: User, reason: Any) -> None:
-        row = await self.users.set_disabled(user.username, disabled=reason == "user_disabled")
+        row = await self.disabling.set_disabled(user.username, disabled=reason == "user_disabled")
         assert row is not None
         await self.feed.applied(row.bucket, row.number)
 

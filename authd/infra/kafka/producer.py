@@ -31,7 +31,6 @@ from anyio import TASK_STATUS_IGNORED, CancelScope
 from anyio.abc import TaskStatus
 
 from authd.config import ConfigError, Secret
-from authd.events.contract import Event
 from authd.infra.observe import metrics
 from authd.infra.tasks.backoff import Backoff
 
@@ -83,8 +82,17 @@ class KafkaSettings(msgspec.Struct, frozen=True):
     kafka_ca_file: str
 
 
+class Record(msgspec.Struct, frozen=True):
+    """What is sent. `value` is None for a tombstone."""
+
+    topic: str
+    key: bytes
+    value: bytes | None
+    headers: list[tuple[str, bytes]]
+
+
 class Producer:
-    """Sends events, one acknowledgement for each. `run` is a task of the tree; without it nothing connects.
+    """Sends records, one acknowledgement for each. `run` is a task of the tree; without it nothing connects.
 
     :raises ConfigError: where the Kafka settings cannot be used.
     """
@@ -122,14 +130,13 @@ class Producer:
                 backoff.reset()
             await anyio.sleep(backoff.next_s())
 
-    async def send(self, event: Event, topic: str, key: bytes) -> None:
-        """Return when the broker has acknowledged the event.
+    async def send(self, record: Record) -> None:
+        """Return when the broker has acknowledged the record.
 
         :raises BrokerAway: within `kafka_timeout_s` (and END_TIMEOUT_S) when it has not; it may have arrived.
         :raises TopicUnusable: when it has no such topic, found out within half of that, or forbids it.
         :raises RecordRefused: when it never will.
         """
-        record = _Record(topic, key, event.value, _headers(event))
         try:
             with anyio.fail_after(self._timeout_s):
                 try:
@@ -160,7 +167,7 @@ class Producer:
             return False
         return True
 
-    async def _deliver(self, record: "_Record", *, alone: bool) -> None:
+    async def _deliver(self, record: Record, *, alone: bool) -> None:
         connection = self._connection
         if connection is None:
             raise BrokerAway("not connected")
@@ -221,13 +228,6 @@ class _BatchRefused(Exception):
     """The batch that held the record was refused."""
 
 
-class _Record(msgspec.Struct, frozen=True):
-    topic: str
-    key: bytes
-    value: bytes | None
-    headers: list[tuple[str, bytes]]
-
-
 class _Connection:
     """One aiokafka producer, from its start to its end.
 
@@ -248,7 +248,7 @@ class _Connection:
     async def start(self) -> None:
         await self._producer.start()
 
-    async def hand_over(self, record: _Record, *, alone: bool) -> asyncio.Future[Any]:
+    async def hand_over(self, record: Record, *, alone: bool) -> asyncio.Future[Any]:
         """Return what waits for the acknowledgement. A call that raises, or is cancelled, has handed over nothing.
 
         :raises ProducerClosed: when the connection ends meanwhile, as `acknowledged` does.
@@ -359,14 +359,6 @@ def _options(settings: KafkaSettings) -> dict[str, Any]:
         options["sasl_plain_username"] = settings.kafka_username
         options["sasl_plain_password"] = settings.kafka_password.reveal()
     return options
-
-
-def _headers(event: Event) -> list[tuple[str, bytes]]:
-    return [
-        ("event_id", str(event.id).encode()),
-        ("event_type", event.type.encode()),
-        ("schema_version", str(event.version).encode()),
-    ]
 
 
 def _reason(error: BaseException) -> str:

@@ -1,0 +1,36 @@
+"""Disables and enables users."""
+
+from typing import Literal
+
+from authd.events.factory import EventFactory
+from authd.events.postgres import add_events
+from authd.infra.postgres.database import Database
+from authd.sessions.postgres import RevocationWriter, Revoked
+from authd.users.postgres import Users
+
+
+class Disabling:
+    """Changes the user's row and ends all its sessions in one transaction, which locks the row before the bucket's
+    head. What it returns is to be applied to Redis: see `RevocationFeed.applied`.
+    """
+
+    def __init__(self, database: Database, users: Users, writer: RevocationWriter, events: EventFactory) -> None:
+        self._database = database
+        self._users = users
+        self._writer = writer
+        self._events = events
+
+    async def set_disabled(self, username_key: str, *, disabled: bool) -> Revoked | None:
+        """Disable or enable the user. Return the place of its row in the log, None where there is no such user or
+        nothing changed.
+
+        :raises Unavailable:
+        """
+        kind: Literal["user.disabled", "user.enabled"] = "user.disabled" if disabled else "user.enabled"
+        async with self._database.transaction() as connection:
+            changed = await self._users.set_disabled(connection, username_key, disabled=disabled)
+            if changed is None:
+                return None
+            subject, epoch = changed
+            await add_events(connection, self._events.user_changed(kind, subject.user_id))
+            return await self._writer.end_all(connection, subject, epoch, kind.replace(".", "_"))
