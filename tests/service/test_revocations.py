@@ -270,7 +270,7 @@ async def test_every_task_that_postgres_did_not_answer_is_counted(
     make_world: MakeWorld, postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HEADS_INTERVAL_S", "JANITOR_INTERVAL_S"):
-        monkeypatch.setattr(f"authd.revocations.{name}", 0.01)
+        monkeypatch.setattr(f"authd.sessions.feed.{name}", 0.01)
     world = await make_world(database_timeout_s=0.2)
     user = await world.register()
     events = {"revocation_not_logged", "revocations_not_applied", "revocation_heads_unknown", "revocations_not_cleaned"}
