@@ -1,7 +1,7 @@
 """The revocation log: every ending of a session, numbered without gaps in its bucket."""
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 import msgspec
 
@@ -38,7 +38,6 @@ class Revocation(msgspec.Struct, frozen=True, kw_only=True):
     session_id: bytes | None
     epoch: int | None
     reason: str
-    expires_at: datetime
 
     @property
     def subject(self) -> Subject:

@@ -26,8 +26,7 @@ SELECT bucket, last_number FROM revocation_heads WHERE last_number > 0;
 
 -- name: list_revocations_after
 -- What Redis has not applied yet, oldest first, and the bucket's head: rows that have expired are gone from between.
-SELECT h.last_number AS head, r.number, r.user_id, r.incarnation, r.session_id, r.epoch, r.reason,
-       r.expires_at
+SELECT h.last_number AS head, r.number, r.user_id, r.incarnation, r.session_id, r.epoch, r.reason
 FROM revocation_heads h
 LEFT JOIN LATERAL (
     SELECT * FROM revocations WHERE bucket = h.bucket AND number > $2 ORDER BY number LIMIT $3

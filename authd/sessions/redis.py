@@ -65,10 +65,9 @@ class Opened(msgspec.Struct, frozen=True):
 
 
 class Rotated(msgspec.Struct, frozen=True):
-    """The session's current state, from which the successor token follows. `repeated`: it was rotated before."""
+    """The session's current state, from which the successor token follows, also where it was rotated before."""
 
     session: LiveSession
-    repeated: bool
 
 
 class Live(msgspec.Struct, frozen=True):
@@ -187,7 +186,7 @@ class SessionStore:
         )
         status = _count(reply)
         if status in ("rotated", "repeated"):
-            return Rotated(_unpack(token.session_id, reply[2]), status == "repeated")
+            return Rotated(_unpack(token.session_id, reply[2]))
         return _denied(status, reply)
 
     async def inspect(self, subject: Subject, session_id: bytes, revocation: int) -> Live | Denied:
