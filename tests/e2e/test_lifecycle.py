@@ -269,7 +269,8 @@ async def test_a_redis_that_evicts_is_warned_of_at_the_start_and_by_check(
             await client.config_set("maxmemory-policy", policy)
         async with services.running(AUTHD_REDIS_URL=redis.url) as process:
             done = await process.run("check")
-            # All lines of the start are written by now.
+            # The last line of the start, written after all others.
+            await eventually(lambda: process.lines("ready"))
             warned = [line["policy"] for line in process.lines("redis_evicts")]
         assert warned == ([policy] if policy == "allkeys-lru" else [])
         assert (f"Redis: evicts ({policy})" in done.stdout) == (policy == "allkeys-lru")

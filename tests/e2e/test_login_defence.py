@@ -89,7 +89,6 @@ async def test_the_owners_device_gets_into_a_locked_account_also_after_logout(
         assert_problem(refused, 429, "login_locked")
     assert_problem(await api.login(account.username, account.password), 429, "login_locked")
 
-
 async def test_a_stolen_device_token_gives_no_more_guesses_than_its_limit(api: Api, service: ServiceProcess) -> None:
     account = await api.new_account()
     token = await device_token_of(api, service, account)
@@ -174,7 +173,7 @@ async def test_behind_a_trusted_proxy_each_client_is_counted_alone(services: Ser
         assert await guess("X-Forwarded-For", "203.0.113.9:4711, [::ffff:10.0.0.1]:80") == 429
         assert await guess("X-Forwarded-For", "203.0.113.10:4711") == 401
         assert await guess("X-Forwarded-For", "[2001:db8::7]:443") == 401
-        [line] = process.lines("trusted_proxies")
+        [line] = await eventually(lambda: process.lines("trusted_proxies"))
         assert line["networks"] == ["127.0.0.0/8", "10.0.0.0/8"]
 
 
@@ -187,10 +186,13 @@ async def test_users_unlock_opens_the_account_and_the_pair(api: Api, service: Se
     done = await service.run("users", "unlock", account.username.upper())
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, f"Account: forgot {ACCOUNT_MAX} failures.")
     assert (await api.login(account.username, account.password)).status_code == 200
-    locks = len(service.lines("login_locked"))
     await guess_at_once(api, account, PAIR_MAX)
     assert_problem(await api.login(account.username, account.password), 429, "login_locked")
-    [lock] = await eventually(lambda: service.lines("login_locked")[locks:])
+
+    def locks() -> list[dict[str, Any]]:
+        return [line for line in service.lines("login_locked") if line["user_id"] == account.user_id]
+
+    [lock] = await eventually(locks)
     address = lock["address"]
     done = await service.run("users", "unlock", account.username, "--address", address)
     assert done.returncode == 0 and f"Pair with {address}: forgot {PAIR_MAX} failures." in done.stdout

@@ -182,7 +182,8 @@ async def test_a_topic_that_takes_nothing_holds_up_no_other_and_gets_its_events_
         await (create_topics(broker, [bad]) if fault == "missing" else allow_writing(broker, bad))
         await until_outbox_is_empty(process)
         await assert_all_told(process, broker)
-        assert [line["topic"] for line in process.lines("topic_usable")] == [bad]
+        usable = await eventually(lambda: process.lines("topic_usable"))
+        assert [line["topic"] for line in usable] == [bad]
         assert f'authd_kafka_topic_unusable{{topic="{bad}"}} 0.0' in (await api.get("/metrics")).text
         of_postgres = [
             (value["user_id"], kind)
