@@ -2,23 +2,22 @@
 
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import uvloop
 from blockbuster import blockbuster_ctx
 from hypothesis import settings
-from ports import take_slice
+from support.paths import TESTS
+from support.ports import take_slice
 
 # The same examples in every run, and none too slow: a build does not turn red by itself on a busy machine.
 settings.register_profile("authd", deadline=None, derandomize=True)
 settings.load_profile("authd")
 
-pytest_plugins = ["limits", "stores", "service_process", "service.world", "fault.parts"]
+pytest_plugins = ["support.limits", "support.stores", "support.process", "support.deployment", "support.faults"]
 
-TESTS = Path(__file__).parent
-LOOP_GUARDED = {"unit", "service"}
+LOOP_GUARDED = {"unit", "integration"}
 #: What a process does once and then has in memory: imports inside libraries, redis-py's look at its own version, and
 #: the scripts and the list of common passwords.
 ONCE = (
@@ -31,7 +30,7 @@ INTERNET = {socket.AF_INET, socket.AF_INET6}
 
 
 #: The order of the rungs where several processes share them: what takes longest first, so that none is left with it.
-LONGEST_FIRST = ["fault", "e2e", "service"]
+LONGEST_FIRST = ["fault", "e2e", "integration"]
 
 
 def pytest_configure() -> None:

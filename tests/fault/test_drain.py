@@ -14,9 +14,9 @@ import anyio
 import httpx
 import psutil
 import pytest
-from fault.kafka import events_in, topics
-from fault.parts import TIMEOUTS, Parts, away
-from service_process import Api, Secrets, ServiceProcess, eventually
+from support.faults import TIMEOUTS, Parts, away
+from support.kafka import events_in, topics
+from support.process import Api, Secrets, ServiceProcess, eventually
 
 from authd.embedded import KafkaBroker
 from authd.embedded.processes import free_port, guarded

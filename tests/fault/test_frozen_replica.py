@@ -12,9 +12,9 @@ import asyncpg
 import httpx
 import psutil
 import pytest
-from fault.kafka import create_topics, events_in, topics, until_outbox_is_empty
-from fault.parts import Parts, assert_dead, away, retried, until_ready
-from service_process import ServiceProcess, eventually
+from support.faults import Parts, assert_dead, away, retried, until_ready
+from support.kafka import create_topics, events_in, topics, until_outbox_is_empty
+from support.process import ServiceProcess, eventually
 
 from authd.embedded import KafkaBroker
 from authd.events.publisher import LANE_SEND_S, SWEEP_S

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import anyio
 import httpx
 import pytest
-from fault.parts import Parts, assert_alive, assert_dead, retried
-from fault.proxy import Direction, Proxy, proxied
 from redis.asyncio import Redis
-from service_process import Account, Api, ServiceProcess, eventually
+from support.faults import Parts, assert_alive, assert_dead, retried
+from support.process import Account, Api, ServiceProcess, eventually
+from support.proxy import Direction, Proxy, proxied
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import anyio
 import pytest
-from fault.kafka import (
+from support.faults import KAFKA_SLOW_S, TIMEOUTS, WORKS, Parts, away, new_caller, new_deck
+from support.kafka import (
     StrictBroker,
     allow_writing,
     configure_topic,
@@ -17,9 +18,8 @@ from fault.kafka import (
     topics,
     until_outbox_is_empty,
 )
-from fault.parts import KAFKA_SLOW_S, TIMEOUTS, WORKS, Parts, away, new_caller, new_deck
-from service_process import Api, ServiceProcess, eventually
-from stores import require_kafka
+from support.process import Api, ServiceProcess, eventually
+from support.stores import require_kafka
 
 from authd.embedded import KafkaBroker, fetch_libs
 

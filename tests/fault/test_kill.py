@@ -12,9 +12,9 @@ import httpx
 import jwt
 import pytest
 from anyio.abc import TaskStatus
-from fault.kafka import events_in, topics, until_outbox_is_empty
-from fault.parts import Parts, retried, seeded
-from service_process import Api, ServiceProcess
+from support.faults import Parts, retried, seeded
+from support.kafka import events_in, topics, until_outbox_is_empty
+from support.process import Api, ServiceProcess
 
 from authd.embedded import KafkaBroker
 

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from fault.parts import (
+from support.faults import (
     SESSION_STORE,
     SLOW_MAX,
     TIMEOUTS,
@@ -18,8 +18,8 @@ from fault.parts import (
     until_ready,
     until_unready,
 )
-from fault.proxy import Proxy, proxied
-from service_process import Api, ServiceProcess, assert_problem, eventually
+from support.process import Api, ServiceProcess, assert_problem, eventually
+from support.proxy import Proxy, proxied
 
 pytestmark = pytest.mark.timeout(120)
 

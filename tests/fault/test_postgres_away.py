@@ -6,7 +6,7 @@ from typing import Any
 import anyio
 import httpx
 import pytest
-from fault.parts import (
+from support.faults import (
     SESSION_STORE,
     SLOW_MAX,
     TIMEOUTS,
@@ -26,7 +26,7 @@ from fault.parts import (
     until_ready,
     until_unready,
 )
-from service_process import Api, ServiceProcess, assert_problem, eventually
+from support.process import Api, ServiceProcess, assert_problem, eventually
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import httpx
 import pytest
-from fault.parts import (
+from support.faults import (
     SESSION_STORE,
     SLOW_MAX,
     TIMEOUTS,
@@ -30,7 +30,7 @@ from fault.parts import (
     until_ready,
     until_unready,
 )
-from service_process import Api, ServiceProcess, assert_problem
+from support.process import Api, ServiceProcess, assert_problem
 
 pytestmark = pytest.mark.timeout(120)
 

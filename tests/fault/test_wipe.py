@@ -12,7 +12,8 @@ import anyio
 import httpx
 import pytest
 from anyio import to_thread
-from fault.parts import (
+from redis.asyncio import Redis
+from support.faults import (
     TIMEOUTS,
     Parts,
     assert_alive,
@@ -24,8 +25,7 @@ from fault.parts import (
     seeded,
     until_ready,
 )
-from redis.asyncio import Redis
-from service_process import Api, ServiceProcess, assert_problem
+from support.process import Api, ServiceProcess, assert_problem
 
 from authd.embedded import RedisServer
 

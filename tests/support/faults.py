@@ -1,0 +1,348 @@
+"""Stores that a module may break, the ways to break and mend them, and one of each request to try meanwhile."""
+
+import itertools
+import json
+import random
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import anyio
+import asyncpg
+import httpx
+import pytest
+from redis.asyncio import Redis
+from support.process import Api, ServiceProcess, Services, assert_problem, eventually, make_template
+from support.stores import require_kafka
+
+from authd.embedded import KafkaBroker, PostgresServer, RedisServer, fetch_libs
+from authd.embedded.processes import EmbeddedServer
+from authd.infra.tasks.breaker import FAILURES_MAX
+
+#: All clients of these tests are one address.
+CROWD = {"AUTHD_ADDRESS_MAX_FAILURES": "100000"}
+#: Shorter than the defaults, so that a frozen part costs the tests less; long enough for a busy machine.
+TIMEOUTS = {"AUTHD_REDIS_TIMEOUT_S": "0.8", "AUTHD_DATABASE_TIMEOUT_S": "1.2", "AUTHD_KAFKA_TIMEOUT_S": "3"}
+#: Whoever waits for a frozen part answers after its timeout and not before; the others soon, also on a busy machine.
+SLOW_S = float(TIMEOUTS["AUTHD_REDIS_TIMEOUT_S"])
+KAFKA_SLOW_S = float(TIMEOUTS["AUTHD_KAFKA_TIMEOUT_S"])
+#: The requests that may have waited while a part is frozen: those that open the breaker, and those that it lets
+#: through to find out. The health task, and not a request, is mostly the one that does.
+SLOW_MAX = FAILURES_MAX + 3
+#: No answer takes longer, whatever is frozen. Two stores, one after the other, and a busy machine.
+BOUND_S = 10.0
+RETRY_FIRST_S, RETRY_MAX_S = 0.02, 0.5
+
+Expected = Mapping[str, tuple[int, str]]
+Absence = Literal["killed", "frozen"]
+
+USER_STORE = (503, "user_store_unavailable")
+SESSION_STORE = (503, "session_store_unavailable")
+#: Every request of the matrix, and its answer while all parts are there.
+WORKS: Expected = {
+    "register": (201, ""),
+    "login": (200, ""),
+    "login, wrong password": (401, "invalid_credentials"),
+    "refresh": (200, ""),
+    "me, cached": (200, ""),
+    "me, not cached": (200, ""),
+    "sessions": (200, ""),
+    "introspect an access token": (200, "active"),
+    "introspect a refresh token": (200, "active"),
+    "logout, current": (200, ""),
+    "logout, all": (200, ""),
+    "end a session": (200, ""),
+    "revoke an access token": (200, ""),
+    "revoke a refresh token": (200, ""),
+}
+
+
+@dataclass
+class Parts:
+    """A Postgres and a Redis of the module's own. What a test breaks it mends."""
+
+    postgres: PostgresServer
+    redis: RedisServer
+    services: Services
+
+
+@pytest.fixture(scope="module")
+async def parts(anyio_backend: object, stores_folder: Any) -> AsyncIterator[Parts]:
+    folder = stores_folder / f"fault-{uuid.uuid4().hex[:8]}"
+    async with (
+        PostgresServer(folder / "postgres", durable=False) as postgres,
+        # Durable, so that a kill loses nothing: a wipe is a test of its own.
+        RedisServer(folder / "redis", durable=True) as redis,
+    ):
+        yield Parts(postgres, redis, Services(postgres, redis, await make_template(postgres, redis), CROWD))
+
+
+@pytest.fixture(scope="module")
+async def broker(anyio_backend: object, stores_folder: Any) -> AsyncIterator[KafkaBroker]:
+    """A broker of the module's own, which makes topics when they are first used."""
+    require_kafka()
+    async with KafkaBroker(stores_folder / f"fault-{uuid.uuid4().hex[:8]}", await fetch_libs()) as server:
+        yield server
+
+
+def seeded(seed: int | None = None) -> random.Random:
+    """Chance that can be repeated: the seed stands in the output of a test that failed."""
+    seed = secrets.randbits(32) if seed is None else seed
+    print(f"seed: {seed}")  # noqa: T201
+    return random.Random(seed)
+
+
+# Breaking and mending
+
+
+@asynccontextmanager
+async def away(server: EmbeddedServer, how: Absence) -> AsyncIterator[None]:
+    """Killed: nothing listens. Frozen: the kernel accepts and nothing answers."""
+    await (server.kill() if how == "killed" else server.pause())
+    try:
+        yield
+    finally:
+        with anyio.CancelScope(shield=True):
+            await (server.start() if how == "killed" else server.resume())
+
+
+@asynccontextmanager
+async def refusing(server: RedisServer) -> AsyncIterator[None]:
+    """Redis answers every command with an error: it wants a password that nobody has."""
+    async with Redis.from_url(server.url) as client:
+        await client.config_set("requirepass", "nobody-knows")
+        await client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        try:
+            yield
+        finally:
+            await client.config_set("requirepass", "")
+
+
+@asynccontextmanager
+async def full(server: RedisServer) -> AsyncIterator[None]:
+    """Redis has no memory left: it reads, and refuses what would take more."""
+    async with Redis.from_url(server.url) as client:
+        await client.config_set("maxmemory", "1mb")
+        try:
+            yield
+        finally:
+            await client.config_set("maxmemory", "0")
+
+
+@asynccontextmanager
+async def read_only(server: PostgresServer) -> AsyncIterator[None]:
+    """As after a failover to a standby: Postgres reads, and refuses what would write."""
+    await _set_read_only(server, "on")
+    try:
+        yield
+    finally:
+        await _set_read_only(server, "off")
+
+
+async def _set_read_only(server: PostgresServer, value: str) -> None:
+    connection = await asyncpg.connect(server.url, ssl=False)
+    try:
+        # ALTER SYSTEM runs in a read-only session, too.
+        await connection.execute(f"ALTER SYSTEM SET default_transaction_read_only = {value}")
+        await connection.execute("SELECT pg_reload_conf()")
+    finally:
+        await connection.close()
+
+
+@asynccontextmanager
+async def disk_full(process: ServiceProcess) -> AsyncIterator[None]:
+    """Postgres answers every insert as it does on a full disk, by SQLSTATE 53100. A disk that is full indeed takes a
+    file system of a size of our own, which needs rights that a developer's machine and most CI do not give.
+    """
+    await process.query(
+        "CREATE FUNCTION fail_full() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$BEGIN RAISE EXCEPTION 'could not extend file: No space left on device' USING ERRCODE = '53100'; END$$"
+    )
+    tables = ("users", "revocations", "outbox")
+    for table in tables:
+        await process.query(
+            f"CREATE TRIGGER full_disk BEFORE INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION fail_full()"
+        )
+    try:
+        yield
+    finally:
+        await process.query("DROP FUNCTION fail_full() CASCADE")
+
+
+async def flush(url: str) -> None:
+    async with Redis.from_url(url) as client:
+        await client.flushall()
+
+
+async def until_ready(process: ServiceProcess, within_s: float = 20.0) -> None:
+    """A part that is back is in use again, with no restart."""
+    async with process.api() as api:
+
+        async def is_ready() -> bool:
+            answer = await api.get("/readyz")
+            return answer.status_code == 200 and all(_required(answer.json()["parts"]).values())
+
+        await eventually(is_ready, within_s)
+
+
+async def until_unready(process: ServiceProcess, part: str) -> None:
+    """/readyz names the part, and the process lives."""
+    async with process.api() as api:
+
+        async def is_named() -> bool:
+            answer = await api.get("/readyz")
+            assert (await api.get("/livez")).status_code == 200
+            parts = _required(answer.json()["parts"])
+            return answer.status_code == 503 and [name for name, answers in parts.items() if not answers] == [part]
+
+        await eventually(is_named)
+
+
+def _required(reported: dict[str, bool]) -> dict[str, bool]:
+    return {name: answers for name, answers in reported.items() if name != "events"}
+
+
+async def retried(call: Callable[[], Awaitable[httpx.Response]], within_s: float = 20.0) -> httpx.Response:
+    """What a good client does: the same request again after a 503, until the deadline."""
+    delay_s = RETRY_FIRST_S
+    with anyio.fail_after(within_s):
+        while True:
+            answer = await call()
+            if answer.status_code != 503:
+                return answer
+            assert int(answer.headers["Retry-After"]) >= 1
+            await anyio.sleep(delay_s)
+            delay_s = min(2 * delay_s, RETRY_MAX_S)
+
+
+# One of each request
+
+
+@dataclass
+class Caller:
+    """A registered service client, and a way to ask as it."""
+
+    api: Api
+    credentials: tuple[str, str]
+
+    async def introspect(self, token: str) -> httpx.Response:
+        return await self.api.post("/auth/introspect", data={"token": token}, auth=self.credentials)
+
+    async def revoke(self, token: str) -> httpx.Response:
+        return await self.api.post("/auth/revoke", data={"token": token}, auth=self.credentials)
+
+
+async def new_caller(process: ServiceProcess, api: Api) -> Caller:
+    done = await process.run("clients", "add", "a gateway")
+    assert done.returncode == 0, done.stderr
+    words = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    client_id, secret = words["client_id"], words["client_secret"]
+    process.secrets.add(secret)
+    caller = Caller(api, (client_id, secret))
+    # From now on this replica believes it for a while, also when Postgres is away.
+    assert (await caller.introspect("nothing")).json() == {"active": False}
+    return caller
+
+
+@dataclass
+class Deck:
+    """Each request of the matrix once, with accounts and sessions of its own, made while all parts were there."""
+
+    requests: dict[str, Callable[[], Awaitable[httpx.Response]]]
+    #: The pair that each request that ends a session was about.
+    ended: dict[str, dict[str, Any]]
+    elapsed_s: list[float] = field(default_factory=list)
+
+    async def play(self, expected: Expected) -> None:
+        """Send all, one after the other, and compare every answer."""
+        differences = []
+        for name, wanted in expected.items():
+            start = time.monotonic()
+            answer = await self.requests[name]()
+            self.elapsed_s.append(time.monotonic() - start)
+            found = (answer.status_code, _code(answer))
+            if found != wanted:
+                differences.append(f"{name}: expected {wanted}, got {found}")
+            if answer.status_code == 503:
+                assert_problem(answer, 503)
+                assert int(answer.headers["Retry-After"]) >= 1
+        assert not differences, "\n".join(differences)
+        assert max(self.elapsed_s) < BOUND_S
+
+    def slow(self, than_s: float = SLOW_S) -> int:
+        """How many answers may have waited for a part with this timeout."""
+        return sum(1 for elapsed_s in self.elapsed_s if elapsed_s >= than_s)
+
+
+async def new_deck(api: Api, caller: Caller) -> Deck:
+    account, other = await api.new_account(), await api.new_account()
+    kept, rotating, current, listed, by_access, by_refresh = [await api.new_session(account) for _ in range(6)]
+    everything = await api.new_session(other)
+    assert (await api.me(kept["access_token"])).status_code == 200
+    sessions = (await api.get("/auth/sessions", headers=api.bearer(listed["access_token"]))).json()["sessions"]
+    [session_url] = [f"/auth/sessions/{session['id']}" for session in sessions if session["current"]]
+    # Another user's profile, which nothing has cached yet.
+    fresh = await api.new_session(await api.new_account())
+    numbers = itertools.count()
+
+    async def logout(pair: dict[str, Any], scope: str) -> httpx.Response:
+        return await api.post(f"/auth/logout?scope={scope}", headers=api.bearer(pair["access_token"]))
+
+    return Deck(
+        {
+            "register": lambda: api.register(f"{uuid.uuid4().hex}-{next(numbers)}@example.com", "a pass phrase"),
+            "login": lambda: api.login(account.username, account.password),
+            "login, wrong password": lambda: api.login(account.username, "not the pass phrase"),
+            "refresh": lambda: api.refresh(rotating["refresh_token"]),
+            "me, cached": lambda: api.me(kept["access_token"]),
+            "me, not cached": lambda: api.me(fresh["access_token"]),
+            "sessions": lambda: api.get("/auth/sessions", headers=api.bearer(kept["access_token"])),
+            "introspect an access token": lambda: caller.introspect(kept["access_token"]),
+            "introspect a refresh token": lambda: caller.introspect(kept["refresh_token"]),
+            "logout, current": lambda: logout(current, "current"),
+            "logout, all": lambda: logout(everything, "all"),
+            "end a session": lambda: api.delete(session_url, headers=api.bearer(kept["access_token"])),
+            "revoke an access token": lambda: caller.revoke(by_access["access_token"]),
+            "revoke a refresh token": lambda: caller.revoke(by_refresh["refresh_token"]),
+        },
+        {
+            "logout, current": current,
+            "logout, all": everything,
+            "end a session": listed,
+            "revoke an access token": by_access,
+            "revoke a refresh token": by_refresh,
+        },
+    )
+
+
+async def assert_dead(api: Api, pair: dict[str, Any]) -> None:
+    """Neither token of the pair does anything, and the refusal is final."""
+    bearer = await retried(lambda: api.me(pair["access_token"]))
+    assert_problem(bearer, 401, "token_invalid")
+    refreshed = await retried(lambda: api.refresh(pair["refresh_token"]))
+    assert_problem(refreshed, 401)
+
+
+async def assert_alive(api: Api, pair: dict[str, Any]) -> dict[str, Any]:
+    """Both tokens of the pair work. Returns the next pair."""
+    answer = await retried(lambda: api.refresh(pair["refresh_token"]))
+    assert answer.status_code == 200, answer.text
+    renewed: dict[str, Any] = answer.json()
+    answer = await retried(lambda: api.me(renewed["access_token"]))
+    assert answer.status_code == 200, answer.text
+    return renewed
+
+
+def _code(answer: httpx.Response) -> str:
+    """The problem's code; of an introspection, whether the token is active."""
+    try:
+        body = answer.json()
+    except json.JSONDecodeError:
+        return answer.text[:80]
+    if "active" in body:
+        return "active" if body["active"] else "inactive"
+    return str(body.get("code", ""))
