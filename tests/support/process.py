@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from inspect import isawaitable
 from pathlib import Path
 from subprocess import DEVNULL
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
+from weakref import WeakSet
 
 import anyio
 import anyio.abc
@@ -38,6 +39,8 @@ START_S = 30.0
 STOP_S = 40.0
 POLL_S = 0.02
 ARRIVE_S = 40.0
+#: How much of a process's output a failure shows.
+TAIL_CHARS = 3000
 #: Shorter strings could stand in a log by chance.
 SECRET_CHARS_MIN = 8
 #: What a process needs of its surroundings; no AUTHD_ name, so that no developer's setting has a say.
@@ -150,8 +153,20 @@ class Api(httpx.AsyncClient):
         return answer
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a failure what the processes that still run said last."""
+    report = yield
+    if report.failed:
+        report.sections += [(f"Output of {process.folder.name}", process.tail) for process in ServiceProcess.running]
+    return report
+
+
 class ServiceProcess:
     """One `python -m authd …`, run in an empty folder with nothing but `settings` in its environment."""
+
+    #: All that a test of this worker has begun, and not ended.
+    running: ClassVar[WeakSet["ServiceProcess"]] = WeakSet()
 
     def __init__(self, folder: Path, settings: dict[str, str], command: Sequence[str] = ("serve",)) -> None:
         self.folder = folder
@@ -198,6 +213,11 @@ class ServiceProcess:
         return file.read_text(errors="replace") if file.exists() else ""
 
     @property
+    def tail(self) -> str:
+        """What a failure shows of it."""
+        return self.output[-TAIL_CHARS:]
+
+    @property
     def log_file(self) -> Path:
         return self.folder / "media" / "logs" / "auth_service.log"
 
@@ -223,6 +243,7 @@ class ServiceProcess:
                 env=self.environment,
                 start_new_session=True,
             )
+        self.running.add(self)
 
     async def start(self, within_s: float = START_S) -> None:
         """Start and wait until it is ready."""
@@ -264,6 +285,7 @@ class ServiceProcess:
                     with suppress(psutil.NoSuchProcess):
                         child.kill()
                 await self._process.wait()
+        self.running.discard(self)
 
     def children(self) -> list[psutil.Process]:
         """The processes that it started, and theirs."""
@@ -351,6 +373,9 @@ class Services:
                 if process.is_running:
                     assert await process.stop() == 0, process.output[-4000:]
                 await process.check_log()
+            except Exception as error:
+                error.add_note(process.tail)
+                raise
             finally:
                 await process.kill()
                 with anyio.CancelScope(shield=True):
