@@ -22,8 +22,7 @@ REFRESH_TTL_S = 30 * 86_400
 
 @pytest.fixture(scope="module")
 async def service(services: Services) -> AsyncIterator[ServiceProcess]:
-    settings = {"AUTHD_ISSUER": ISSUER, "AUTHD_DATABASE_TIMEOUT_S": "0.5", "AUTHD_REDIS_TIMEOUT_S": "0.5"}
-    async with services.running(**settings) as process:
+    async with services.running(AUTHD_ISSUER=ISSUER) as process:
         yield process
 
 

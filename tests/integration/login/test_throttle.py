@@ -456,7 +456,7 @@ async def test_an_abandoned_script_does_not_act_after_its_deadline(tmp_path: Pat
             redis_url=Secret(server.url),
             secret=Secret("-"),
             deployment=deployment,
-            redis_timeout_s=0.5,
+            redis_timeout_s=1.5,
         )
         async with open_redis(settings) as client, Redis.from_url(server.url) as raw:
             throttle = throttle_of(client, settings)

@@ -3,6 +3,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -260,17 +261,17 @@ async def flooded(hasher: Hasher, floods: list["Job[str, str | None]"], threads:
 
 
 class Order:
-    """Work that notes when it was done."""
+    """Jobs, and their names in the order in which they were admitted: two threads may do them in another."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
 
     def job(self, name: str, **more: Any) -> "Job[str, str | None]":
-        def work() -> str:
+        async def admit() -> Admission:
             self.names.append(name)
-            return name
+            return Admission.HASH
 
-        return Steps().job(work, **more)
+        return replace(Steps().job(lambda: name, **more), admit=admit)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -195,7 +195,7 @@ async def test_without_a_broker_only_endings_are_recorded(make_node: MakeNode) -
 async def test_streams_are_bounded_while_postgres_is_away_and_moved_when_it_is_back(
     make_node: MakeNode, postgres_server: PostgresServer
 ) -> None:
-    node = await make_node(stream_max=50, database_timeout_s=0.5, max_active_sessions=100)
+    node = await make_node(stream_max=50, database_timeout_s=1.5, max_active_sessions=100)
     user = await node.add_user(OURS[0])
     await postgres_server.pause()
     for _ in range(80):

@@ -248,7 +248,7 @@ async def test_many_logouts_at_once_are_all_applied_when_they_return(world: Worl
 async def test_an_ending_that_redis_decided_is_logged_although_nobody_waits(
     make_world: MakeWorld, postgres_server: PostgresServer
 ) -> None:
-    world = await make_world(database_timeout_s=0.2)
+    world = await make_world(database_timeout_s=1.5)
     user = await world.register()
     ids = [secrets.token_bytes(SESSION_ID_BYTES) for _ in range(20)]
     await postgres_server.pause()
@@ -271,7 +271,7 @@ async def test_every_task_that_postgres_did_not_answer_is_counted(
 ) -> None:
     for name in ("HEADS_INTERVAL_S", "JANITOR_INTERVAL_S"):
         monkeypatch.setattr(f"authd.sessions.feed.{name}", 0.01)
-    world = await make_world(database_timeout_s=0.2)
+    world = await make_world(database_timeout_s=1.5)
     user = await world.register()
     events = {"revocation_not_logged", "revocations_not_applied", "revocation_heads_unknown", "revocations_not_cleaned"}
     with capture_logs() as logged:

@@ -454,7 +454,7 @@ async def test_while_postgres_is_away_a_refresh_works_and_an_unknown_session_wai
     make_world: MakeWorld, postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("authd.sessions.sessions.RECORD_WAIT_S", 0.1)
-    world = await make_world(database_timeout_s=0.3, refresh_grace_s=SMALL_GRACE_S)
+    world = await make_world(database_timeout_s=1.5, refresh_grace_s=SMALL_GRACE_S)
     user = await world.register()
     known, stolen, unknown = [await world.open(user) for _ in range(3)]
     await world.raw.hdel(world.hash_key(user.id), world.token(unknown).session_id)
@@ -487,7 +487,7 @@ async def test_while_postgres_is_away_a_refresh_works_and_an_unknown_session_wai
 
 
 async def test_a_killed_postgres_is_found_again(make_world: MakeWorld, postgres_server: PostgresServer) -> None:
-    world = await make_world(database_timeout_s=0.5)
+    world = await make_world(database_timeout_s=1.5)
     user = await world.register()
     pair = await world.login(user)
     await postgres_server.kill()
@@ -512,7 +512,7 @@ async def test_a_redis_that_wakes_after_the_clients_left_changes_nothing(
     """Scenario 7. The abandoned scripts do run: they were sent."""
     async with (
         RedisServer(tmp_path, durable=False) as server,
-        open_world(database_url, server.url, no_blocking, redis_timeout_s=0.4) as world,
+        open_world(database_url, server.url, no_blocking, redis_timeout_s=1.5) as world,
     ):
         user, other = await world.register(), await world.register()
         pair, doomed, lost = await world.login(user), await world.login(other), await world.login(user)
@@ -624,7 +624,7 @@ async def test_a_user_who_is_gone_is_refused_as_disabled(world: World) -> None:
 async def test_the_profile_comes_from_the_cache_while_postgres_is_away(
     make_world: MakeWorld, postgres_server: PostgresServer
 ) -> None:
-    world = await make_world(database_timeout_s=0.3)
+    world = await make_world(database_timeout_s=1.5)
     user, stranger = await world.register(), await world.register()
     pair, unread = await world.login(user), await world.login(stranger)
     profile = await world.sessions.profile(pair.access_token)

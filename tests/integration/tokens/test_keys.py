@@ -436,7 +436,7 @@ async def test_a_running_replica_that_cannot_open_a_key_goes_on_with_those_it_ha
 async def test_a_read_that_postgres_did_not_answer_is_counted_and_the_next_one_is_tried(
     make_keeper: MakeKeeper, postgres_server: PostgresServer
 ) -> None:
-    keeper = await make_keeper(key_publish_s=0.25, database_timeout_s=0.2)
+    keeper = await make_keeper(key_publish_s=0.25, database_timeout_s=1.5)
     ring = await keeper.load()
     kids, before = published(ring), times_away()
 
