@@ -52,7 +52,7 @@ class UnsupportedMediaType(Refusal):
 
 
 class CrossSite(Refusal):
-    """A page would lock its visitor's account, or use its visitors' addresses to guess from."""
+    """A page of another site could lock its visitor's account, or guess passwords from its visitors' addresses."""
 
     kind = "forbidden"
     code = "cross_site"
@@ -138,7 +138,7 @@ RefreshRefusalCode = Literal[
 
 #: The title and the detail of each.
 _REFRESH: dict[RefreshRefusalCode, tuple[str, str]] = {
-    "refresh_token_invalid": ("Invalid refresh token", "The refresh token is not one of ours."),
+    "refresh_token_invalid": ("Invalid refresh token", "The refresh token is invalid."),
     "refresh_token_expired": ("Expired refresh token", "The refresh token has expired."),
     "refresh_token_superseded": (
         "Superseded refresh token",
@@ -170,7 +170,7 @@ class UserDisabled(Refusal):
     kind = "forbidden"
     code = "user_disabled"
     title = "User disabled"
-    detail = "This user is gone or disabled."
+    detail = "This user is deleted or disabled."
 
 
 class UnknownSession(Refusal):
@@ -195,12 +195,13 @@ class SessionLimit(Refusal):
     kind = "forbidden"
     code = "session_limit"
     title = "Session limit"
-    detail = "This user has the highest number of active sessions. End one first."
+    detail = "The maximum number of active sessions is reached. End one first."
 
 
 class Unavailable(Refusal):
-    """A part is away, slow or full. The code says which part, by its role. `is_busy`: the part answers, and only
-    something in it, such as a lock, was not free in time; this says nothing about the part.
+    """A store, or another part of the service, is unavailable, slow or full. The code says which, by its role.
+    `is_busy`: the store answers, but something in it, such as a lock, was not free in time. This is no failure of the
+    store.
     """
 
     kind = "unavailable"

@@ -1,7 +1,6 @@
 """Disables and enables users."""
 
-from typing import Literal
-
+from authd.events.contract import EndingReason
 from authd.events.factory import EventFactory
 from authd.events.postgres import add_events
 from authd.infra.postgres.database import Database
@@ -11,7 +10,7 @@ from authd.users.postgres import Users
 
 class Disabling:
     """Changes the user's row and ends all its sessions in one transaction, which locks the row before the bucket's
-    head. What it returns is to be applied to Redis: see `RevocationFeed.applied`.
+    head. What it returns is to be applied to Redis: see `RevocationFeed.wait_applied`.
     """
 
     def __init__(self, database: Database, users: Users, writer: RevocationWriter, events: EventFactory) -> None:
@@ -26,11 +25,11 @@ class Disabling:
 
         :raises Unavailable:
         """
-        kind: Literal["user.disabled", "user.enabled"] = "user.disabled" if disabled else "user.enabled"
+        reason: EndingReason = "user_disabled" if disabled else "user_enabled"
         async with self._database.transaction() as connection:
             changed = await self._users.set_disabled(connection, username_key, disabled=disabled)
             if changed is None:
                 return None
             subject, epoch = changed
-            await add_events(connection, self._events.user_changed(kind, subject.user_id))
-            return await self._writer.end_all(connection, subject, epoch, kind.replace(".", "_"))
+            await add_events(connection, self._events.user_changed(subject.user_id, is_disabled=disabled))
+            return await self._writer.end_all(connection, subject, epoch, reason)

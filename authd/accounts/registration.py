@@ -33,7 +33,7 @@ class Accounts:
         self._on_outbox = on_outbox
 
     async def register(self, username: str, password: str, full_name: str, address: str) -> Profile:
-        """Add a user; its event is promised in the same transaction. `address`: the client's.
+        """Add a user; its event is enqueued in the same transaction. `address`: the client's.
 
         :raises InvalidRequest: naming each unusable field.
         :raises UsernameTaken: also for another spelling of a registered e-mail.
@@ -62,8 +62,8 @@ class Accounts:
         return make_profile(user.id, user.username, user.full_name, user.created_at)
 
     async def _hash(self, password: str, address: str) -> str:
-        """The hash, which counts among the address's registrations whatever becomes of it: names that are taken, too.
-        While Redis is away nothing is counted, and the hasher's own bounds hold.
+        """Return the hash. It counts among the address's registrations whatever happens to it, also for a taken name.
+        While Redis is unavailable nothing is counted, and the hasher's own bounds hold.
         """
         with suppress(Unavailable):
             locked_s = await self._throttle.registrations_locked_s(address)
@@ -77,26 +77,26 @@ class Accounts:
                     raise RegistrationLimited(locked.retry_after_s)
             return Admission.HASH
 
-        # The registrations of an address share one line. The NUL keeps its name apart from every account's.
+        # The registrations of an address share one line. The leading NUL keeps this name apart from every account key.
         return await self._hasher.hash(password, admit=admit, address=address, account="\0registration")
 
 
 def _check_username(username: str, key: str | None) -> str | None:
     if len(username) > USERNAME_CHARS_MAX:
-        return f"An e-mail address of at most {USERNAME_CHARS_MAX} characters is needed."
+        return f"The username must be an e-mail address of at most {USERNAME_CHARS_MAX} characters."
     if key is None:
-        return "An e-mail address is needed."
+        return "The username must be an e-mail address."
     try:
         # The key, too: a full-width dot may stand where a dot may not.
         for address in {username, key}:
             validate_email(address, check_deliverability=False, globally_deliverable=False)
     except EmailNotValidError:
-        return "An e-mail address is needed."
+        return "The username must be an e-mail address."
     return None
 
 
 def _check_full_name(full_name: str) -> str | None:
     if len(full_name) > FULL_NAME_CHARS_MAX:
-        return f"At most {FULL_NAME_CHARS_MAX} characters are taken."
+        return f"The full name must have at most {FULL_NAME_CHARS_MAX} characters."
     # JSON brings any character but lone surrogates; Postgres stores any but this one.
-    return "The character NUL cannot be stored." if "\0" in full_name else None
+    return "The full name must not contain the character NUL." if "\0" in full_name else None

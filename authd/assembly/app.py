@@ -30,7 +30,7 @@ def make_endpoints(services: Services) -> list[Endpoint]:
         *make_account_endpoints(settings, services.accounts),
         *make_login_endpoints(settings, services.logins),
         *make_session_endpoints(settings, services.sessions),
-        *make_user_endpoints(services.sessions.profile),
+        *make_user_endpoints(services.profiles),
         *make_oauth_endpoints(settings, services.clients, services.token_desk),
         *make_key_endpoints(settings, services.ring),
         *(make_probe_endpoints(health) if settings.operations_bind else make_operation_endpoints(health)),

@@ -8,8 +8,7 @@ from authd.events.factory import EventFactory
 from authd.events.postgres import Outbox
 from authd.infra.postgres.database import Database
 from authd.oauth.postgres import Clients
-from authd.sessions.postgres import Revocations, RevocationWriter
-from authd.sessions.relay_store import RelayStore
+from authd.sessions.postgres import RelayStore, Revocations, RevocationWriter
 from authd.tokens.postgres import Keys
 from authd.users.deployment import Deployment
 from authd.users.postgres import Users

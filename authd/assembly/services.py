@@ -26,6 +26,7 @@ from authd.sessions.sessions import Sessions
 from authd.tokens.access import MintSettings, TokenMint
 from authd.tokens.device import DeviceMint
 from authd.tokens.ring import KeyRing
+from authd.users.profile import Profiles
 
 
 class Intervals(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +68,7 @@ class Services:
         self._build_passwords()
         self._build_feed()
         self._build_sessions()
+        self._build_users()
         self._build_login()
         self._build_accounts()
         self._build_oauth()
@@ -116,15 +118,19 @@ class Services:
             self.postgres.users,
             self.postgres.revocations,
             self.redis.sessions,
-            self.redis.user_cache,
             self.feed,
             refuse_tokens,
             self.relay.offer,
         )
 
+    def _build_users(self) -> None:
+        self.profiles = Profiles(self.postgres.users, self.redis.user_cache, self.sessions.authenticate)
+
     def _build_login(self) -> None:
         self.throttle = build_throttle(self.settings, self.redis.client, self.ring)
-        self.passwords = PasswordCheck(self.settings, self.postgres.users, self.throttle, self.hasher, self.devices)
+        self.passwords = PasswordCheck(
+            self.settings.bcrypt_cost, self.postgres.users, self.throttle, self.hasher, self.devices
+        )
         self.logins = Login(self.passwords, self.sessions)
 
     def _build_accounts(self) -> None:

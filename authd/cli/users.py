@@ -84,7 +84,7 @@ async def _set_disabled(settings: Settings, username: str, *, disabled: bool) ->
         feed = RevocationFeed(stores.revocations, RedisStores(settings, redis).sessions)
         async with running(feed.run):
             try:
-                await feed.applied(row.bucket, row.number)
+                await feed.wait_applied(row.bucket, row.number)
             except Unavailable:
                 say("Done in Postgres. Redis is away and will be told before it serves this user.")
                 return 0

@@ -1,6 +1,6 @@
-"""The events authd tells the world, as their consumers read them; docs/events.md is their page.
+"""The events that authd publishes, as their consumers read them; docs/events.md is their page.
 
-Three channels, each a topic of the settings, read when an event is sent: a wrong one is mended by a restart, also for
+Three channels, each a topic of the settings, read when an event is sent: a wrong one is fixed by a restart, also for
 the events that wait.
     registration  the contract's topic: one record for each user, four fields, nothing else
     events        everything, keyed by user id
@@ -25,6 +25,18 @@ EventType = Literal[
     "login.locked",
     "token.revoked",
 ]
+#: Why sessions ended: what this version writes. Of a row or a tombstone it may read what a newer one wrote.
+EndingReason = Literal[
+    "logout",  # the user
+    "revoked",  # a service
+    "evicted",  # a newer session took the place
+    "reused",  # a refresh token came twice
+    "user_disabled",
+    "user_enabled",
+    "user_deleted",
+]
+#: Which limit of failed logins was reached.
+LockCounter = Literal["pair", "account", "address", "device"]
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +72,7 @@ class UserChanged(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SessionOpened(msgspec.Struct, frozen=True, kw_only=True):
-    """`session.opened`: a login. `user_agent` is empty where the client told none."""
+    """`session.opened`: a login. `user_agent` is empty where the client sent none."""
 
     user_id: int
     session_id: str
@@ -82,7 +94,7 @@ class SessionEnded(msgspec.Struct, frozen=True, kw_only=True):
 
     user_id: int
     session_id: str
-    reason: str
+    reason: EndingReason
     occurred_at: str
 
 
@@ -91,18 +103,18 @@ class SessionsEnded(msgspec.Struct, frozen=True, kw_only=True):
 
     user_id: int
     epoch: int
-    reason: str
+    reason: EndingReason
     occurred_at: str
 
 
 class LoginLocked(msgspec.Struct, frozen=True, kw_only=True):
     """`login.locked`. `counter` is what reached its limit; `user_id` is null where no user has the username. The
-    username itself is not told: people type passwords there.
+    username itself is not published: people type passwords there.
     """
 
     user_id: int | None
     address: str
-    counter: str
+    counter: LockCounter
     occurred_at: str
 
 
@@ -114,5 +126,5 @@ class TokenRevoked(msgspec.Struct, frozen=True, kw_only=True):
     user_id: int
     session_id: str | None
     epoch: int | None
-    reason: str
+    reason: EndingReason
     until: str

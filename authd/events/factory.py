@@ -1,12 +1,12 @@
-"""Makes the events of a deployment from what happened. Pure: who promises them does the I/O."""
+"""Builds event records. Pure; callers write them to the outbox."""
 
 import uuid
 from datetime import UTC, datetime, timedelta
-from typing import Literal
 
 import msgspec
 
 from authd.events.contract import (
+    EndingReason,
     Event,
     EventType,
     SessionEnded,
@@ -26,18 +26,18 @@ _NAMESPACE = uuid.UUID("b1d7e1d0-6b0c-4a52-9d2e-5d0b8a9c1f47")
 
 
 class EventFactory:
-    """Makes the events of this deployment. Without a broker only the contract's are promised: the others would wait
-    for nobody.
+    """Builds the events of this deployment. Without a broker it builds only the contract's: the others would wait for
+    nobody.
     """
 
     def __init__(self, *, has_broker: bool, access_ttl_s: int) -> None:
-        self._is_told = has_broker
+        self._publishes = has_broker
         self._announced_for = timedelta(seconds=access_ttl_s + ANNOUNCED_MORE_S)
 
     @property
     def announced_for(self) -> timedelta | None:
-        """How long a revocation is announced; None where it is not."""
-        return self._announced_for if self._is_told else None
+        """Return how long a revocation is announced; None where it is not."""
+        return self._announced_for if self._publishes else None
 
     def user_registered(self, user_id: int, username: str, full_name: str, created_at: datetime) -> list[Event]:
         value = UserRegistered(
@@ -52,23 +52,24 @@ class EventFactory:
             key=None,
             value=msgspec.json.encode(value),
         )
-        return [contract, *self.told("user.registered", user_id, value)]
+        return [contract, *self.event("user.registered", user_id, value)]
 
-    def user_changed(self, kind: Literal["user.disabled", "user.enabled"], user_id: int) -> list[Event]:
-        return self.told(kind, user_id, UserChanged(user_id=user_id, occurred_at=_now()))
+    def user_changed(self, user_id: int, *, is_disabled: bool) -> list[Event]:
+        value = UserChanged(user_id=user_id, occurred_at=_now())
+        return self.event("user.disabled" if is_disabled else "user.enabled", user_id, value)
 
-    def session_ended(self, user_id: int, session_id: bytes, reason: str) -> list[Event]:
+    def session_ended(self, user_id: int, session_id: bytes, reason: EndingReason) -> list[Event]:
         sid = encode_base64url(session_id)
         value = SessionEnded(user_id=user_id, session_id=sid, reason=reason, occurred_at=_now())
-        return self.told("session.ended", user_id, value)
+        return self.event("session.ended", user_id, value)
 
-    def sessions_ended(self, user_id: int, epoch: int, reason: str) -> list[Event]:
+    def sessions_ended(self, user_id: int, epoch: int, reason: EndingReason) -> list[Event]:
         value = SessionsEnded(user_id=user_id, epoch=epoch, reason=reason, occurred_at=_now())
-        return self.told("sessions.ended", user_id, value)
+        return self.event("sessions.ended", user_id, value)
 
-    def revoked(self, user_id: int, session_id: bytes | None, epoch: int | None, reason: str) -> list[Event]:
-        """The record for services that verify tokens by themselves."""
-        if not self._is_told:
+    def revoked(self, user_id: int, session_id: bytes | None, epoch: int | None, reason: EndingReason) -> list[Event]:
+        """Return the record for services that verify tokens by themselves, or nothing without a broker."""
+        if not self._publishes:
             return []
         value = TokenRevoked(
             user_id=user_id,
@@ -79,9 +80,11 @@ class EventFactory:
         )
         return [revocation_record(user_id, session_id, msgspec.json.encode(value))]
 
-    def told(self, kind: EventType, user_id: int, value: msgspec.Struct, *, once: str = "") -> list[Event]:
-        """An event for everybody. `once`: what makes it the same event when it is recorded again."""
-        if not self._is_told:
+    def event(self, kind: EventType, user_id: int, value: msgspec.Struct, *, once: str = "") -> list[Event]:
+        """Return the event for the topic of events, or nothing without a broker. `once`: what makes it the same event
+        when it is recorded again.
+        """
+        if not self._publishes:
             return []
         event_id = uuid.uuid5(_NAMESPACE, f"{kind}:{once}") if once else uuid.uuid4()
         return [
@@ -98,7 +101,7 @@ class EventFactory:
 
 
 def revocation_record(user_id: int, session_id: bytes | None, value: bytes | None) -> Event:
-    """A record of the compacted topic, or with no value the tombstone that ends it."""
+    """Return a record of the compacted topic, or with no value the tombstone that ends it."""
     return Event(
         id=uuid.uuid4(),
         channel="revocations",
@@ -111,7 +114,7 @@ def revocation_record(user_id: int, session_id: bytes | None, value: bytes | Non
 
 
 def iso(ms: int) -> str:
-    """ISO 8601 with offset of ms since the epoch."""
+    """Return the ISO 8601 form, with offset, of ms since the epoch."""
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")
 
 

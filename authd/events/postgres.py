@@ -1,5 +1,5 @@
-"""The outbox: events that are promised by a commit and not yet acknowledged by the broker, and those that the broker
-will not take, set aside for an operator to decide.
+"""The outbox: events that a commit enqueued and the broker has not yet acknowledged, and those that the broker refuses,
+parked for an operator to decide.
 """
 
 from collections.abc import AsyncGenerator, Collection, Sequence
@@ -16,7 +16,7 @@ from authd.infra.postgres.queries import load_queries
 _QUERIES = load_queries(__package__)
 #: Rows sent in one transaction.
 LANE_ROWS = 200
-#: The backlog is counted up to here; more are told as so many.
+#: The backlog is counted up to here; more are reported as this many.
 COUNTED_MAX = 1_000_000
 #: Parked rows shown at once.
 PARKED_ROWS = 1000
@@ -31,8 +31,8 @@ class OutboxRow(msgspec.Struct, frozen=True):
 
 
 class Backlog(msgspec.Struct, frozen=True):
-    """What waits: a number of events (at most COUNTED_MAX), and the age of the oldest in seconds. Those that are set
-    aside (`parked`) wait for nothing.
+    """What waits: a number of events (at most COUNTED_MAX), and the age of the oldest in seconds. Those that are
+    parked wait for nothing.
     """
 
     events: int
@@ -41,7 +41,7 @@ class Backlog(msgspec.Struct, frozen=True):
 
 
 class ParkedRow(msgspec.Struct, frozen=True):
-    """A row that is set aside, without its value. `age_s`: seconds since it was promised."""
+    """A parked row, without its value. `age_s`: seconds since it was enqueued."""
 
     id: int
     type: str
@@ -71,7 +71,7 @@ class Lane:
         await self._connection.execute(_QUERIES["delete_events"], list(ids))
 
     async def refuse(self, row_id: int, error: str, retry_in: timedelta | None) -> None:
-        """Count a refusal. The row and its user's later ones wait so long; with None it is set aside, they go on."""
+        """Count a refusal. The row and its user's later ones wait that long; with None it is parked, and they go on."""
         await self._connection.execute(_QUERIES["note_refusal"], row_id, error, retry_in)
 
     async def postpone(self, row_id: int, retry_in: timedelta) -> None:
@@ -99,7 +99,7 @@ class Outbox:
             yield Lane(connection, [_row(record) for record in records])
 
     async def waiting_lanes(self, without: Collection[str] = ()) -> list[int]:
-        """The lanes that have rows of other channels than `without`."""
+        """Return the lanes that have rows of other channels than `without`."""
         return [row["lane"] for row in await self._database.fetch(_QUERIES["list_waiting_lanes"], list(without))]
 
     async def backlog(self) -> Backlog:
@@ -107,12 +107,12 @@ class Outbox:
         return Backlog(**row) if row is not None else Backlog(0, 0.0, 0)
 
     async def parked(self) -> list[ParkedRow]:
-        """The rows that are set aside, oldest first, at most PARKED_ROWS."""
+        """Return the parked rows, oldest first, at most PARKED_ROWS."""
         return [ParkedRow(**row) for row in await self._database.fetch(_QUERIES["list_parked"], PARKED_ROWS)]
 
     async def unpark(self, ids: Sequence[int] | None = None) -> Unparked:
         """Give parked rows (None: all) their attempts again. They are sent before their users' later rows, which for
-        those that were sent meanwhile comes too late; so what would stand over a newer record is deleted instead.
+        those that were sent meanwhile comes too late; so what would replace a newer record is deleted instead.
         """
         chosen = None if ids is None else list(ids)
         async with self._database.transaction() as connection:
@@ -122,12 +122,12 @@ class Outbox:
         return Unparked([row["id"] for row in retried], [row["id"] for row in overtaken])
 
     async def drop(self, ids: Sequence[int]) -> list[int]:
-        """Delete parked rows, and no others; the ids of those there were."""
+        """Delete parked rows, and no others. Return the ids of those that there were."""
         return [row["id"] for row in await self._database.fetch(_QUERIES["drop_parked"], list(ids))]
 
 
 async def add_events(connection: Connection, events: Sequence[Event]) -> None:
-    """Promise the events in the caller's transaction, which holds the lock of the user's row: so ids are in commit
+    """Enqueue the events in the caller's transaction, which holds the lock of the user's row: so ids are in commit
     order for each user.
     """
     await connection.executemany(

@@ -9,8 +9,8 @@ SELECT lane, set_config('idle_in_transaction_session_timeout', $2, true) FROM ou
 WHERE lane = $1 FOR UPDATE SKIP LOCKED;
 
 -- name: list_lane
--- Without the users that have a row whose time has not come: their later rows stay behind it. Without channels whose
--- topic takes nothing now ($3): however many wait, they fill no lane.
+-- Without users who have a row that is not due yet: their later rows stay behind it. Without channels whose topic
+-- accepts nothing now ($3): however many rows wait, they fill no lane.
 SELECT id, user_id, event_id, channel, type, version, message_key, value, attempts FROM outbox
 WHERE lane = $1 AND parked_at IS NULL AND channel <> ALL ($3::text[])
   AND user_id NOT IN (SELECT user_id FROM outbox WHERE lane = $1 AND parked_at IS NULL AND retry_at > now())
@@ -20,7 +20,7 @@ ORDER BY id LIMIT $2;
 DELETE FROM outbox WHERE id = ANY ($1::bigint[]);
 
 -- name: note_refusal
--- Without a time to wait ($3) the row is set aside.
+-- Without a time to wait ($3) the row is parked.
 UPDATE outbox
 SET attempts = attempts + 1, last_error = $2, retry_at = now() + $3::interval,
     parked_at = CASE WHEN $3::interval IS NULL THEN now() END
@@ -49,14 +49,14 @@ SELECT id, type, channel, user_id, attempts, last_error,
 FROM outbox WHERE parked_at IS NOT NULL ORDER BY id LIMIT $1;
 
 -- name: lock_users_of_parked
--- Who adds events of a user holds this lock: nothing newer comes in between.
+-- A transaction that adds events of a user holds this lock: nothing newer arrives in between.
 SELECT FROM users WHERE id IN (
     SELECT user_id FROM outbox WHERE parked_at IS NOT NULL AND ($1::bigint[] IS NULL OR id = ANY ($1))
 )
 ORDER BY id FOR NO KEY UPDATE;
 
 -- name: delete_overtaken
--- Parked rows of the compacted topic that, sent now, would stand over a newer record of their key, or for ever: those
+-- Parked rows of the compacted topic that, sent now, would replace a newer record of their key, or for ever: those
 -- that concern no token any more, records of an epoch below a later one, and tombstones of a key that is announced.
 DELETE FROM outbox o
 WHERE parked_at IS NOT NULL AND ($1::bigint[] IS NULL OR id = ANY ($1))

@@ -24,9 +24,9 @@ class Login:
     async def log_in(self, username: str, password: str, caller: Caller, device_token: str = "") -> LoginPair:
         """Open a session for whoever knows the password.
 
-        :raises InvalidCredentials, LoginLocked, Unavailable: see `PasswordCheck.check`.
+        :raises InvalidCredentials, LoginLocked, Unavailable: see `PasswordCheck.verify`.
         :raises SessionLimit: only with the policy `refuse`.
         """
-        checked = await self._passwords.check(username, password, caller.address, device_token)
-        pair = await self._sessions.open(checked.user, caller)
-        return LoginPair(**msgspec.structs.asdict(pair), device_token=checked.device_token)
+        verified = await self._passwords.verify(username, password, caller.address, device_token)
+        pair = await self._sessions.open(verified.user, caller)
+        return LoginPair(**msgspec.structs.asdict(pair), device_token=verified.device_token)

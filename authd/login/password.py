@@ -1,11 +1,10 @@
-"""Whether a password is right: nothing else is told, and no guess is given beyond the limits."""
+"""Verifies a password within the throttle's limits."""
 
 from contextlib import suppress
 
 import msgspec
 import structlog
 
-from authd.config import Settings
 from authd.errors import InvalidCredentials, LoginLocked, Unavailable
 from authd.login.redis import Locked, Outcome, Reserved, Throttle, Wait
 from authd.passwords.formats import effort_to_verify, hash_password, needs_rehash, verify_password
@@ -17,14 +16,14 @@ from authd.users.usernames import username_key
 _log = structlog.get_logger()
 
 
-class Checked(msgspec.Struct, frozen=True):
+class Verified(msgspec.Struct, frozen=True):
     """Whose password it was, and a token by which the device is known at its next login."""
 
     user: User
     device_token: str
 
     def __repr__(self) -> str:
-        return f"Checked({self.user.id})"
+        return f"Verified({self.user.id})"
 
 
 class _Guess(msgspec.Struct, frozen=True):
@@ -42,17 +41,15 @@ class _Guess(msgspec.Struct, frozen=True):
 
 
 class PasswordCheck:
-    def __init__(
-        self, settings: Settings, users: Users, throttle: Throttle, hasher: Hasher, devices: DeviceMint
-    ) -> None:
+    def __init__(self, bcrypt_cost: int, users: Users, throttle: Throttle, hasher: Hasher, devices: DeviceMint) -> None:
         self._users = users
         self._throttle = throttle
         self._hasher = hasher
         self._devices = devices
-        self._cost = settings.bcrypt_cost
+        self._cost = bcrypt_cost
 
-    async def check(self, username: str, password: str, address: str, device_token: str = "") -> Checked:
-        """The user whose password this is. `username`, `device_token`: any strings; `address`: the client's.
+    async def verify(self, username: str, password: str, address: str, device_token: str = "") -> Verified:
+        """Return the user whose password this is. `username`, `device_token`: any strings; `address`: the client's.
 
         A device token of this user, since its password was last changed, has the attempt counted under its device
         alone. Any other, and one whose device has failed too often, is ignored.
@@ -65,7 +62,7 @@ class PasswordCheck:
         account = username_key(username)
         claimed = self._devices.read(device_token)
         standing = await self._throttle.look(address, account, claimed.id if claimed is not None else None)
-        # A token that proves itself is looked at further, whoever it is of: else the answer's time would tell.
+        # A token that proves itself is checked further, whoever it is of: otherwise the answer's time would tell.
         if standing.locked_s is not None and claimed is None:
             raise LoginLocked(standing.locked_s)
         user = await self._users.find_by_username_key(account)
@@ -78,10 +75,10 @@ class PasswordCheck:
             raise InvalidCredentials
         # An ignored device gets a new id: whoever stole its token does not share a counter with its owner again.
         device_id = device.id if device is not None else None
-        return Checked(found, self._devices.make(found.subject, found.password_version, device_id))
+        return Verified(found, self._devices.make(found.subject, found.password_version, device_id))
 
     async def _verify(self, guess: _Guess) -> User | None:
-        """The user, if the password matches: after exactly one hash, which counts whatever becomes of the request."""
+        """Return the user if the password matches, after exactly one hash, which counts in any case."""
         attempt = _Attempt(guess, self._throttle, self._cost)
         if not await self._hasher.run_job(attempt.job()):
             return None

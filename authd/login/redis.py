@@ -98,8 +98,8 @@ class ThrottleSettings(msgspec.Struct, frozen=True):
 
 class Throttle:
     """`address` is the client's IP address; `account` the canonical form of the username, whether a user has it or not:
-    else a lock would tell who exists. `digest_key`: 32 bytes, without which nobody can tell what a counter in Redis
-    counts. Every method raises `Unavailable("session_store")` when Redis is away.
+    otherwise a lock would tell who exists. `digest_key`: 32 bytes, without which nobody can tell what a counter in
+    Redis counts. Every method raises `Unavailable("session_store")` when Redis is unavailable.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Throttle:
             "registrations": settings.address_max_failures,
         }
         self._lockout_ms = settings.lockout_s * 1000
-        # Without a broker nobody is told.
+        # Without a broker nothing is published.
         self._stream_max = settings.event_stream_max
         self._reservation_ttl_ms = int(reservation_ttl_s * 1000)
         self._new_id = new_id
@@ -132,7 +132,7 @@ class Throttle:
         self._count = client.script(__package__, "throttle_count")
 
     async def look(self, address: str, account: str, device_id: bytes | None = None) -> Standing:
-        """How things stand. Only a look: `reserve` and `reserve_device` decide."""
+        """Report locks without reserving; `reserve` and `reserve_device` decide."""
         counters = self._counters(address, account)
         if device_id is not None:
             counters = (*counters, self._device(device_id))

@@ -5,10 +5,10 @@
 -- ARGV  1 deadline, ms of Redis's time    2 reservation id    3 limit, failures
 --       4 how long failures count after the last one, and how long the lock holds after the limit's, ms
 --       5 what is counted    6 user id, 0: no user's    7 address: for the event
---       8 the stream's bound for `login.locked`, 0: do not tell it
+--       8 the stream's bound for `login.locked`, 0: do not record it
 --
 -- Returns {status, now} and more:
---   locked, 1: this failure set the lock, which is not told since the stream is full
+--   locked, 1: this failure set the lock, event dropped since the stream is full
 --   counted | unknown: no such reservation | late
 -- include: throttle_format
 -- include: events/event_add
@@ -27,8 +27,8 @@ store_failures(KEYS[1], counter.failures + 1, counts_until)
 tidy(KEYS[1], now)
 if not was_locked and counter.failures + 1 >= limit then
     local stream_max = tonumber(ARGV[8])
-    local is_told = stream_max == 0
+    local is_recorded = stream_max == 0
         or add_event(KEYS[2], stream_max, 'login.locked', 'k', ARGV[5], 'u', ARGV[6], 'a', ARGV[7])
-    return { 'locked', now, is_told and 0 or 1 }
+    return { 'locked', now, is_recorded and 0 or 1 }
 end
 return { 'counted', now }

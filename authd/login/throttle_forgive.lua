@@ -1,5 +1,5 @@
 -- Forgets the failures of a counter, and so its lock. Attempts under way keep their reservations and count when they
--- fail: an operator's command gives a guesser no more than the limit.
+-- fail: an operator's command gives an attacker no more than the limit.
 --
 -- KEYS  1 hash, a throttle counter (expires when nothing in it counts any more)
 -- ARGV  1 deadline, ms of Redis's time

@@ -10,7 +10,7 @@ local tidy
 
 -- What counts now: failures whose time has passed are 0, expired reservations are only listed, to be removed.
 -- A time that is further ahead than `counts_max` ms for failures, or `life_max` for a reservation, was set before Redis's
--- clock was set back. It is cut to that here and in Redis, so that it ends: whoever looks next finds it cut. Without the
+-- clock was set back. It is cut to that here and in Redis, so that it ends: the next reader finds it cut. Without the
 -- two nothing is cut.
 local function load_counter(key, now, counts_max, life_max)
     local is_cut = false

@@ -15,7 +15,7 @@ from authd.oauth.postgres import Clients
 FRESH_S = 10.0
 
 
-#: How long it is believed while Postgres is away.
+#: How long it is believed while Postgres is unavailable.
 STALE_S = 3600.0
 
 
@@ -46,7 +46,10 @@ class ClientRegistry:
         return client
 
     async def authenticate(self, client_id: str | None, secret: str | None) -> None:
-        """:raises InvalidClient, Unavailable:"""
+        """Return if the secret is the client's.
+
+        :raises InvalidClient, Unavailable:
+        """
         if not client_id or not secret or len(client_id) > _CLIENT_ID_CHARS_MAX or "\0" in client_id:
             raise InvalidClient
         expected = await self._find_hash(client_id)

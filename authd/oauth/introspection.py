@@ -17,14 +17,14 @@ class TokenDesk:
         self._sessions = sessions
 
     async def introspect(self, token: str) -> dict[str, Any]:
-        """RFC 7662: what the token says, or only that it is not active.
+        """Return what the token says (RFC 7662), or only that it is not active.
 
         :raises Unavailable:
         """
         return await self._introspect_access(token) or await self._introspect_refresh(token) or {"active": False}
 
     async def revoke(self, token: str) -> None:
-        """RFC 7009: end the token's session. A token that is nothing to us is no error.
+        """End the token's session (RFC 7009). A token that authd did not make is no error.
 
         :raises Unavailable:
         """

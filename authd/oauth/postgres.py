@@ -31,5 +31,5 @@ class Clients:
         return [StoredClient(**row) for row in await self._database.fetch(_QUERIES["list_clients"])]
 
     async def delete(self, client_id: str) -> bool:
-        """Whether there was such a client."""
+        """Delete the client. Return whether there was one."""
         return await self._database.fetch_row(_QUERIES["delete_client"], client_id) is not None

@@ -14,6 +14,7 @@ from anyio.abc import TaskStatus
 
 from authd.config import BUCKETS
 from authd.errors import Unavailable
+from authd.events.contract import EndingReason
 from authd.infra.observe import metrics
 from authd.infra.subject import Subject
 from authd.infra.tasks.backoff import Backoff
@@ -26,7 +27,7 @@ CATCH_UP_TASKS = 4
 ENDING_TASKS = 2
 #: Jobs that one request waits for.
 ROUNDS_MAX = 4
-#: Endings that Redis decided and Postgres has not heard of yet; more are refused (and counted) while it is away.
+#: Endings that Redis decided and Postgres does not hold yet; more are refused (and counted) while it is unavailable.
 ENDINGS_MAX = 10_000
 HEADS_INTERVAL_S = 1.0
 RETRY_FIRST_S, RETRY_MAX_S = 0.1, 5.0
@@ -60,7 +61,7 @@ class _CatchUp(_Job):
 
 
 class _Ending(_Job):
-    def __init__(self, subject: Subject, session_id: bytes, reason: str) -> None:
+    def __init__(self, subject: Subject, session_id: bytes, reason: EndingReason) -> None:
         super().__init__()
         self.subject = subject
         self.session_id = session_id
@@ -83,12 +84,14 @@ class RevocationFeed:
         self._learning = anyio.Lock()
         self._applied: dict[int, int] = {}
         self._catching: dict[int, _CatchUp] = {}
-        self._catch_ups = anyio.create_memory_object_stream[_CatchUp](BUCKETS)  # at most one for each bucket
-        self._endings = anyio.create_memory_object_stream[_Ending](ENDINGS_MAX)
+        self._due_catch_ups, self._next_catch_ups = anyio.create_memory_object_stream[_CatchUp](
+            BUCKETS  # at most one for each bucket
+        )
+        self._new_endings, self._next_endings = anyio.create_memory_object_stream[_Ending](ENDINGS_MAX)
 
-    async def current(self) -> int:
-        """The present generation of Redis's servers, when the heads have been read since it began. A server that took
-        over from another may have less than that one had applied, and this replica may not have heard of it yet.
+    async def ensure_heads_known(self) -> int:
+        """Return the server generation, reading the heads first if Redis has changed since they were last read. A
+        server that took over from another may lack rows that this replica has not heard of yet.
 
         :raises Unavailable: when they cannot be read now.
         """
@@ -101,24 +104,24 @@ class RevocationFeed:
         return self._generation
 
     def head(self, bucket: int) -> int:
-        """The highest number this replica knows of the bucket."""
+        """Return the highest number that this replica knows of the bucket."""
         return self._heads.get(bucket, 0)
 
     def learn(self, bucket: int, number: int) -> None:
         self._heads[bucket] = max(number, self.head(bucket))
 
     async def catch_up(self, bucket: int, applied: int) -> None:
-        """Redis said that it has applied only `applied`: apply the rest.
+        """Apply the rows after `applied`, the last that Redis said it has.
 
         :raises Unavailable: when that does not succeed now.
         """
         self._applied[bucket] = applied
-        await self.applied(bucket, self.head(bucket))
+        await self.wait_applied(bucket, self.head(bucket))
 
-    async def applied(self, bucket: int, number: int) -> None:
+    async def wait_applied(self, bucket: int, number: int) -> None:
         """Wait until Redis has applied the row `number`.
 
-        :raises Unavailable: when that does not succeed now; the row stands and is applied before the bucket is served.
+        :raises Unavailable: when that does not succeed now; the row stays and is applied before the bucket is served.
         """
         self.learn(bucket, number)
         self._on_outbox(bucket)
@@ -129,34 +132,34 @@ class RevocationFeed:
             job = self._catching.get(bucket)
             if job is None:
                 job = self._catching[bucket] = _CatchUp(bucket)
-                self._catch_ups[0].send_nowait(job)
+                self._due_catch_ups.send_nowait(job)
             await job.wait()
         if self._applied.get(bucket, -1) < number:
             # The log itself went back: a Postgres restored from an older backup.
             _log.error("revocation_log_lacks_rows", bucket=bucket, number=number)
             raise Unavailable("session_store")
 
-    async def record(self, subject: Subject, session_ids: Sequence[bytes], reason: str) -> None:
+    async def record(self, subject: Subject, session_ids: Sequence[bytes], reason: EndingReason) -> None:
         """Log endings that Redis decided. The tombstones in Redis hold meanwhile; the tasks go on when the request
-        does not wait, and try again while Postgres is away.
+        does not wait, and try again while Postgres is unavailable.
 
         :raises Unavailable: when too many wait already.
         """
         jobs = [_Ending(subject, session_id, reason) for session_id in session_ids]
         try:
             for job in jobs:
-                self._endings[0].send_nowait(job)
+                self._new_endings.send_nowait(job)
         except anyio.WouldBlock:
             raise Unavailable("user_store") from None
         for job in jobs:
             await job.wait()
 
     async def run(self, *, task_status: TaskStatus[None]) -> None:
-        """The tasks; ready when the heads are known, since no script may be asked with less.
+        """Run the tasks; ready when the heads are known, since no script may be asked with less.
 
         :raises Unavailable: when the heads cannot be read at the start.
         """
-        with self._catch_ups[0], self._catch_ups[1], self._endings[0], self._endings[1]:
+        with self._due_catch_ups, self._next_catch_ups, self._new_endings, self._next_endings:
             self._learn_all(await self._revocations.heads())
             async with anyio.create_task_group() as group:
                 for _ in range(CATCH_UP_TASKS):
@@ -168,11 +171,11 @@ class RevocationFeed:
                 task_status.started()
 
     async def _catch_up_task(self) -> None:
-        async for job in self._catch_ups[1]:
+        async for job in self._next_catch_ups:
             await self._run_catch_up(job)
 
     async def _ending_task(self) -> None:
-        async for job in self._endings[1]:
+        async for job in self._next_endings:
             await self._write(job)
 
     async def _write(self, job: _Ending) -> None:

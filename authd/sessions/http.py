@@ -93,4 +93,4 @@ async def read_logout_scope(request: Request) -> LogoutScope:
     try:
         return msgspec.convert({} if scope is None else {"scope": scope}, LogoutRequest).scope
     except msgspec.ValidationError:
-        raise InvalidRequest({"scope": "One of current, others and all is taken."}) from None
+        raise InvalidRequest({"scope": "This field must be current, others or all."}) from None

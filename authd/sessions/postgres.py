@@ -1,11 +1,13 @@
 """The revocation log: every ending of a session, numbered without gaps in its bucket."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from datetime import timedelta
 
 import msgspec
 
 from authd.config import BUCKETS
+from authd.events.contract import EndingReason, Event
 from authd.events.factory import EventFactory, revocation_record
 from authd.events.postgres import add_events
 from authd.infra.postgres.database import Connection, Database, Record
@@ -14,6 +16,8 @@ from authd.infra.subject import Subject
 from authd.users.postgres import Users
 
 _QUERIES = load_queries(__package__)
+#: The first half of the advisory locks' keys; the second is the bucket.
+ADVISORY_LOCKS = 0x61757273
 #: Rows read in one statement while Redis catches up.
 CATCH_UP_ROWS = 500
 #: Expired rows deleted in one statement.
@@ -49,12 +53,12 @@ class Ending(msgspec.Struct, frozen=True):
 
     subject: Subject
     session_id: bytes
-    reason: str
+    reason: EndingReason
 
 
 class RevocationWriter:
-    """Adds rows to the log, and what is to be told of them, in a transaction of the caller's, who has locked the user's
-    row. `keep`: the longest life of a session.
+    """Adds rows to the log, and their events, in a transaction of the caller, who has locked the user's row. `keep`:
+    the longest life of a session.
     """
 
     def __init__(self, events: EventFactory, keep: timedelta) -> None:
@@ -62,10 +66,10 @@ class RevocationWriter:
         self._keep = keep
 
     async def end_sessions(self, connection: Connection, endings: Sequence[Ending]) -> Revoked:
-        """At least one, of users of one bucket; the last row's place."""
+        """Log at least one ending, of users of one bucket, and return the last row's place."""
         bucket = endings[0].subject.user_id % BUCKETS
-        told = [self._events.revoked(each.subject.user_id, each.session_id, None, each.reason) for each in endings]
-        await add_events(connection, [event for events in told for event in events])
+        events = [self._events.revoked(each.subject.user_id, each.session_id, None, each.reason) for each in endings]
+        await add_events(connection, [event for group in events for event in group])
         rows = await connection.fetch(
             _QUERIES["add_session_revocations"],
             bucket,
@@ -79,13 +83,15 @@ class RevocationWriter:
         return _place(bucket, rows)
 
     async def end_new(self, connection: Connection, endings: Sequence[Ending]) -> Revoked | None:
-        """Those that the log has not, once each; the last row's place, None where it has them all."""
+        """Log the endings that the log does not have, once each. Return the last row's place, None where it has them
+        all.
+        """
         ids = [each.session_id for each in endings]
         logged = {row["session_id"] for row in await connection.fetch(_QUERIES["find_session_revocations"], ids)}
         new = {each.session_id: each for each in endings if each.session_id not in logged}
         return await self.end_sessions(connection, list(new.values())) if new else None
 
-    async def end_all(self, connection: Connection, subject: Subject, epoch: int, reason: str) -> Revoked:
+    async def end_all(self, connection: Connection, subject: Subject, epoch: int, reason: EndingReason) -> Revoked:
         await add_events(connection, self._events.sessions_ended(subject.user_id, epoch, reason))
         await add_events(connection, self._events.revoked(subject.user_id, None, epoch, reason))
         bucket = subject.user_id % BUCKETS
@@ -108,15 +114,15 @@ class Revocations:
         self._writer = writer
         self._events = events
 
-    async def end_all(self, subject: Subject, reason: str) -> Revoked | None:
-        """Raise the user's epoch and log it in one transaction; None where the user is gone."""
+    async def end_all(self, subject: Subject, reason: EndingReason) -> Revoked | None:
+        """Raise the user's epoch and log it in one transaction; None where the user is deleted."""
         async with self._database.transaction(bucket=subject.user_id % BUCKETS) as connection:
             epoch = await self._users.raise_epoch(connection, subject)
             return None if epoch is None else await self._writer.end_all(connection, subject, epoch, reason)
 
-    async def end_sessions(self, subject: Subject, session_ids: Sequence[bytes], reason: str) -> Revoked:
-        """Log the ending of at least one session of a user in one transaction, also where the user is gone; the last
-        row's place.
+    async def end_sessions(self, subject: Subject, session_ids: Sequence[bytes], reason: EndingReason) -> Revoked:
+        """Log the ending of at least one session of a user in one transaction, also where the user is deleted. Return
+        the last row's place.
         """
         async with self._database.transaction(bucket=subject.user_id % BUCKETS) as connection:
             await connection.execute(_QUERIES["lock_user"], subject.user_id)
@@ -124,17 +130,19 @@ class Revocations:
                 await add_events(connection, self._events.session_ended(subject.user_id, session_id, reason))
             return await self._writer.end_sessions(connection, _endings(subject, session_ids, reason))
 
-    async def record_sessions(self, subject: Subject, session_ids: Sequence[bytes], reason: str) -> Revoked | None:
-        """Log endings that Redis decided, where the log has them not yet: their events come from Redis. None where it
-        has them all.
+    async def record_sessions(
+        self, subject: Subject, session_ids: Sequence[bytes], reason: EndingReason
+    ) -> Revoked | None:
+        """Log endings that Redis decided, where the log does not have them yet: their events come from Redis. None
+        where it has them all.
         """
         async with self._database.transaction(bucket=subject.user_id % BUCKETS) as connection:
             await connection.execute(_QUERIES["lock_user"], subject.user_id)
             return await self._writer.end_new(connection, _endings(subject, session_ids, reason))
 
     async def announce_over(self) -> int:
-        """Promise the tombstones of announced rows that concern no access token any more: one user's a call, and how
-        many rows that were.
+        """Enqueue tombstones for rows whose access tokens have all expired, one user per call. Return the number of
+        rows.
         """
         async with self._database.transaction() as connection:
             user_id = await connection.fetchval(_QUERIES["find_user_announced_over"])
@@ -150,11 +158,11 @@ class Revocations:
         return len(rows)
 
     async def heads(self) -> dict[int, int]:
-        """The last number of each bucket that has one."""
+        """Return the last number of each bucket that has one."""
         return {row["bucket"]: row["last_number"] for row in await self._database.fetch(_QUERIES["list_heads"])}
 
     async def after(self, bucket: int, number: int) -> tuple[int, list[Revocation]]:
-        """The bucket's head and its rows after `number`, oldest first, at most CATCH_UP_ROWS."""
+        """Return the bucket's head and its rows after `number`, oldest first, at most CATCH_UP_ROWS."""
         rows = await self._database.fetch(_QUERIES["list_revocations_after"], bucket, number, CATCH_UP_ROWS)
         if not rows:
             return 0, []
@@ -168,7 +176,50 @@ class Revocations:
         return int(status.rpartition(" ")[2])
 
 
-def _endings(subject: Subject, session_ids: Sequence[bytes], reason: str) -> list[Ending]:
+class Relayed(msgspec.Struct, frozen=True):
+    """What one entry of a stream becomes: its events, and the ending, if Redis decided one. `user_id` is 0 where it is
+    about no known user.
+    """
+
+    user_id: int
+    events: list[Event]
+    ending: Ending | None
+
+
+class RelayedBucket:
+    """A bucket while its lock is held: nobody else moves its events."""
+
+    def __init__(self, connection: Connection, writer: RevocationWriter) -> None:
+        self._connection = connection
+        self._writer = writer
+
+    async def add(self, relayed: Sequence[Relayed]) -> Revoked | None:
+        """Enqueue the events, and log the endings that the log does not have. Return the last row's place, None where
+        it has them all.
+        """
+        users = {item.user_id for item in relayed} - {0}
+        await self._connection.execute(_QUERIES["lock_relayed_users"], list(users))
+        await add_events(self._connection, [event for item in relayed for event in item.events])
+        endings = [item.ending for item in relayed if item.ending is not None]
+        return await self._writer.end_new(self._connection, endings) if endings else None
+
+
+class RelayStore:
+    def __init__(self, database: Database, writer: RevocationWriter) -> None:
+        self._database = database
+        self._writer = writer
+
+    @asynccontextmanager
+    async def bucket(self, bucket: int) -> AsyncGenerator[RelayedBucket | None, None]:
+        """Hold the bucket for one transaction; None while another replica does."""
+        async with self._database.transaction() as connection:
+            if await connection.fetchval(_QUERIES["lock_relay"], ADVISORY_LOCKS, bucket):
+                yield RelayedBucket(connection, self._writer)
+            else:
+                yield None
+
+
+def _endings(subject: Subject, session_ids: Sequence[bytes], reason: EndingReason) -> list[Ending]:
     return [Ending(subject, session_id, reason) for session_id in session_ids]
 
 

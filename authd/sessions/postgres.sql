@@ -35,20 +35,20 @@ WHERE h.bucket = $1
 ORDER BY r.number;
 
 -- name: delete_expired_revocations
--- Not before its tombstone is promised.
+-- Only after its tombstone was enqueued.
 DELETE FROM revocations WHERE ctid = ANY (ARRAY(
     SELECT ctid FROM revocations WHERE expires_at < now() AND announced_until IS NULL ORDER BY expires_at LIMIT $1
 ));
 
 -- name: lock_user
--- Also orders the transactions that promise events of one user.
+-- Also orders the transactions that enqueue events of one user.
 SELECT FROM users WHERE id = $1 FOR NO KEY UPDATE;
 
 -- name: find_session_revocations
 SELECT DISTINCT session_id FROM revocations WHERE session_id = ANY ($1::bytea[]);
 
 -- name: find_user_announced_over
--- Also one who is gone.
+-- The user may be deleted.
 SELECT user_id FROM revocations
 WHERE announced_until < now() - interval '1 minute' ORDER BY announced_until LIMIT 1;
 
@@ -60,3 +60,11 @@ RETURNING session_id;
 -- name: list_announced
 -- Each session once, and NULL where all sessions below an epoch ended.
 SELECT DISTINCT session_id FROM revocations WHERE user_id = $1 AND announced_until IS NOT NULL;
+
+-- name: lock_relay
+-- False: another replica is moving this bucket's events. Held until the transaction ends.
+SELECT pg_try_advisory_xact_lock($1, $2);
+
+-- name: lock_relayed_users
+-- All at once and in one order, before any head: see lock_user.
+SELECT FROM users WHERE id = ANY ($1::bigint[]) ORDER BY id FOR NO KEY UPDATE;

@@ -1,8 +1,8 @@
 """The sessions in Redis: every method is one script, and what a script decides is final.
 
-All of a user's sessions are one hash in the user's bucket; `scripts/session_format.lua` has its layout. Its name holds
+All of a user's sessions are one hash in the user's bucket; session_format.lua has its layout. Its name holds
 the user's incarnation, so that the sessions of an id that was given twice are out of each other's reach. Hashes of
-before had the id alone: the scripts that are asked with the user's row move them (`scripts/session_adopt.lua`).
+before had the id alone: the scripts that are asked with the user's row move them (session_adopt.lua).
 """
 
 from functools import lru_cache
@@ -126,7 +126,7 @@ class SessionStore:
         self._grace_ms = settings.refresh_grace_s * 1000
         self._cap = settings.max_active_sessions
         self._refuse = int(settings.session_policy == "refuse")
-        # Without a broker nobody is told, and the relay would only throw the events away.
+        # Without a broker nothing is published, and the relay would only throw the events away.
         self._stream_max = settings.event_stream_max
         self._open = client.script(__package__, "session_open")
         self._rotate = client.script(__package__, "session_rotate")
@@ -138,7 +138,7 @@ class SessionStore:
 
     @property
     def generation(self) -> int:
-        """Raised whenever a server may have lost what it had decided."""
+        """Return a number that is raised whenever a server may have lost what it had decided."""
         return self._client.generation
 
     async def open(
@@ -190,7 +190,7 @@ class SessionStore:
         return _denied(status, reply)
 
     async def inspect(self, subject: Subject, session_id: bytes, revocation: int) -> Live | Denied:
-        """Whether an access token's session lives, and the cached user with it. Denied: `dead`."""
+        """Return the session of an access token and the cached user. Denied: `dead`."""
         reply = await self._client.read(self._inspect, self._keys(subject), revocation, session_id)
         if reply[0] == b"live":
             _, _, user_json = reply[1].partition(b"|")
@@ -200,7 +200,7 @@ class SessionStore:
         return Denied("dead")
 
     async def list_live(self, subject: Subject, revocation: int) -> list[LiveSession]:
-        """The user's live sessions, oldest first."""
+        """Return the user's live sessions, oldest first."""
         reply = await self._client.read(self._list, self._keys(subject)[:2], revocation)
         if reply[0] == b"behind":
             raise Behind(int(reply[1]))
@@ -308,7 +308,7 @@ def _denied(status: str, reply: list[Any]) -> Denied:
 
 
 def unpack_caller(packed: bytes) -> Caller:
-    """What `_pack_caller` packed: the address's length, the address, the user agent."""
+    """Return what `_pack_caller` packed: the address's length, the address, the user agent."""
     end = 1 + packed[0]
     return Caller(_unpack_address(packed[1:end]), packed[end:].decode("utf-8", "replace"))
 

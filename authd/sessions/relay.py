@@ -7,6 +7,7 @@ any bucket.
 """
 
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import anyio
 import structlog
@@ -14,32 +15,29 @@ from anyio.abc import TaskStatus
 
 from authd.config import BUCKETS
 from authd.errors import Unavailable
-from authd.events.contract import EventType, LoginLocked, SessionChanged, SessionOpened
+from authd.events.contract import EndingReason, LoginLocked, SessionChanged, SessionOpened
 from authd.events.factory import EventFactory, iso
 from authd.events.redis import EventStreams, StreamEntry
 from authd.infra.encoding import encode_base64url
 from authd.infra.observe import metrics
-from authd.infra.subject import Subject
 from authd.infra.tasks.work_set import WorkSet
 from authd.sessions.feed import RevocationFeed
-from authd.sessions.postgres import Ending
+from authd.sessions.postgres import Ending, Relayed, RelayStore
 from authd.sessions.redis import unpack_caller
-from authd.sessions.relay_store import Relayed, RelayStore
 
 #: Entries moved in one transaction.
 ENTRIES_MAX = 200
 TASKS = 4
-#: A script's event is moved this long after it was recorded, together with those that came meanwhile.
+#: A script's event is moved this long after it was recorded, together with those that arrived meanwhile.
 GATHER_S = 0.05
-#: How often all streams are looked at: for those of replicas that died, for buckets that another replica held, and
+#: How often all streams are checked: for those of replicas that died, for buckets that another replica held, and
 #: after a failure.
 SWEEP_S = 2.0
 #: How long a drain moves what is left.
 DRAIN_S = 3.0
 
-#: What scripts record about sessions; those that ended one with the reason that the log has for it.
-_SESSION_EVENTS: dict[str, tuple[EventType, str | None]] = {
-    "session.opened": ("session.opened", None),
+#: What scripts record of sessions that they ended, with the reason that the log has for it.
+_ENDED_BY: dict[str, tuple[Literal["session.evicted", "session.reuse_detected"], EndingReason]] = {
     "session.evicted": ("session.evicted", "evicted"),
     "session.reuse_detected": ("session.reuse_detected", "reused"),
 }
@@ -127,11 +125,11 @@ class EventRelay:
         if is_full:
             self.offer(bucket)
         if revoked is not None:
-            await self._feed.applied(revoked.bucket, revoked.number)
+            await self._feed.wait_applied(revoked.bucket, revoked.number)
 
     async def _read(self, bucket: int) -> tuple[list[tuple[StreamEntry, Relayed]], bool]:
-        """The bucket's oldest entries and what they become, and whether there are more. What a newer replica recorded
-        stays for it, and is looked past.
+        """Return the bucket's oldest entries and what they become, and whether there are more. What a newer replica
+        recorded is passed over, and stays for it.
         """
         after = ""
         while True:
@@ -146,43 +144,42 @@ class EventRelay:
             after = entries[-1].id
 
     def _relayed(self, entry: StreamEntry) -> Relayed | None:
-        """What the entry becomes; None where its kind or form is not one of this version."""
+        """Return what the entry becomes; None where its kind or form is not one of this version."""
         try:
             if entry.kind == "login.locked":
                 return self._login_locked(entry)
-            if entry.kind in _SESSION_EVENTS:
-                return self._session_changed(entry, *_SESSION_EVENTS[entry.kind])
+            if entry.kind == "session.opened":
+                return self._session_opened(entry)
+            if entry.kind in _ENDED_BY:
+                return self._session_ended(entry, *_ENDED_BY[entry.kind])
         except (KeyError, ValueError, IndexError):
             pass
         return None
 
     def _login_locked(self, entry: StreamEntry) -> Relayed:
-        user_id = int(entry.fields["u"])
+        user_id = entry.user_id
         lock = LoginLocked(
-            user_id=user_id or None,
-            address=entry.fields["a"].decode(),
-            counter=entry.fields["k"].decode(),
-            occurred_at=iso(entry.at_ms),
+            user_id=user_id or None, address=entry.address, counter=entry.counter, occurred_at=iso(entry.at_ms)
         )
         once = f"{entry.id}:{lock.counter}:{lock.address}"
-        return Relayed(user_id, self._events.told("login.locked", user_id, lock, once=once), None)
+        return Relayed(user_id, self._events.event("login.locked", user_id, lock, once=once), None)
 
-    def _session_changed(self, entry: StreamEntry, kind: EventType, reason: str | None) -> Relayed:
-        user_id, session_id, occurred_at = int(entry.fields["u"]), entry.fields["s"], iso(entry.at_ms)
-        sid = encode_base64url(session_id)
-        change: SessionOpened | SessionChanged
-        if kind == "session.opened":
-            caller = unpack_caller(entry.fields["c"])
-            change = SessionOpened(
-                user_id=user_id,
-                session_id=sid,
-                occurred_at=occurred_at,
-                address=caller.address,
-                user_agent=caller.user_agent,
-            )
-        else:
-            change = SessionChanged(user_id=user_id, session_id=sid, occurred_at=occurred_at)
-        # Entries of before have no incarnation. Their endings are then applied to what is left of before.
-        subject = Subject(user_id, int(entry.fields.get("i", 0)))
-        ending = None if reason is None else Ending(subject, session_id, reason)
-        return Relayed(user_id, self._events.told(kind, user_id, change, once=sid), ending)
+    def _session_opened(self, entry: StreamEntry) -> Relayed:
+        caller, sid = unpack_caller(entry.caller), encode_base64url(entry.session_id)
+        opened = SessionOpened(
+            user_id=entry.user_id,
+            session_id=sid,
+            occurred_at=iso(entry.at_ms),
+            address=caller.address,
+            user_agent=caller.user_agent,
+        )
+        return Relayed(entry.user_id, self._events.event("session.opened", entry.user_id, opened, once=sid), None)
+
+    def _session_ended(
+        self, entry: StreamEntry, kind: Literal["session.evicted", "session.reuse_detected"], reason: EndingReason
+    ) -> Relayed:
+        subject, sid = entry.subject, encode_base64url(entry.session_id)
+        change = SessionChanged(user_id=subject.user_id, session_id=sid, occurred_at=iso(entry.at_ms))
+        # An ending without an incarnation is applied to what is left of before there were any.
+        ending = Ending(subject, entry.session_id, reason)
+        return Relayed(subject.user_id, self._events.event(kind, subject.user_id, change, once=sid), ending)

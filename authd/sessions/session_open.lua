@@ -11,13 +11,13 @@
 --       9 a session's life, ms               10 the cap
 --      11 1: refuse at the cap, 0: evict the oldest
 --      12 the client's bytes                 13 user id
---      14 the stream's bound for `session.opened`, 0: do not tell it
+--      14 the stream's bound for `session.opened`, 0: do not record it
 --      15 incarnation                        16 when the user registered, ms
 --      17 authenticated, s; 0: now           18 factors of the login
 --      19 kind of the session
 --
 -- Returns {status, now} and more:
---   opened, value, 1: not told since the stream is full, evicted id ...
+--   opened, value, 1: event dropped, stream full, evicted id ...
 --     also when this very session was opened by an earlier run
 --   late | behind, applied number | stale, reason: sessions of this epoch have ended | ended, reason
 --   present: to be rebuilt, but here | expired | refused: at the cap | evicted: a rebuilt session older than a full set
@@ -86,7 +86,7 @@ redis.call('HSET', KEYS[1], id, reply[3])
 keep_until(KEYS[1], now, session.expires)
 local stream_max = tonumber(ARGV[14])
 if stream_max > 0 and not rebuilt then
-    local told = add_event(KEYS[3], stream_max, 'session.opened', 'u', ARGV[13], 'i', ARGV[15], 's', id, 'c', ARGV[12])
-    reply[4] = told and 0 or 1
+    local is_recorded = add_event(KEYS[3], stream_max, 'session.opened', 'u', ARGV[13], 'i', ARGV[15], 's', id, 'c', ARGV[12])
+    reply[4] = is_recorded and 0 or 1
 end
 return reply

@@ -1,14 +1,13 @@
-"""That you are here: login, refresh, authentication and logout.
+"""Opens, refreshes, lists and ends sessions.
 
-Redis decides, in one script each; Postgres remembers every ending. `RevocationFeed` stands between: whenever a script
+Redis decides, in one script each; Postgres remembers every ending. `RevocationFeed` is between them: whenever a script
 answers `Behind`, the missing rows are applied first and the script is asked again.
 """
 
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import anyio
 import msgspec
@@ -25,6 +24,7 @@ from authd.errors import (
     UnknownSession,
     UserDisabled,
 )
+from authd.events.contract import EndingReason
 from authd.events.factory import iso
 from authd.infra.caller import Caller
 from authd.infra.encoding import decode_base64url, encode_base64url
@@ -36,8 +36,6 @@ from authd.sessions.redis import Behind, Denied, Live, LiveSession, Opened, Owne
 from authd.tokens.access import AccessClaims, ExpiredToken, InvalidToken, TokenMint
 from authd.tokens.refresh import SESSION_ID_BYTES, RefreshToken
 from authd.users.postgres import User, Users
-from authd.users.profile import Profile, profile_of
-from authd.users.redis import UserCache
 
 #: Times a script is asked again: after the log was applied or read, the user read again, or the session found.
 ROUNDS_MAX = 8
@@ -47,7 +45,7 @@ RECORD_WAIT_S = 2.0
 LogoutScope = Literal["current", "others", "all"]
 Answer = TypeVar("Answer")
 #: Says why a subject may have no tokens now, None where it may, by its row as read just before: see login/gate.py.
-Gate = Callable[[Subject, User | None], str | None]
+Gate = Callable[[Subject, User | None], EndingReason | None]
 
 _log = structlog.get_logger()
 
@@ -76,6 +74,21 @@ class SessionView(msgspec.Struct, frozen=True, kw_only=True):
     current: bool
 
 
+class Bearer(NamedTuple):
+    """An authenticated access token, and its session."""
+
+    claims: AccessClaims
+    live: Live
+
+    @property
+    def subject(self) -> Subject:
+        return self.claims.subject
+
+    @property
+    def cached_profile(self) -> bytes:
+        return self.live.user_json
+
+
 class Sessions:
     def __init__(
         self,
@@ -83,7 +96,6 @@ class Sessions:
         users: Users,
         revocations: Revocations,
         store: SessionStore,
-        cache: UserCache,
         feed: RevocationFeed,
         gate: Gate,
         on_event: Callable[[int], None],
@@ -93,7 +105,6 @@ class Sessions:
         self._users = users
         self._revocations = revocations
         self._store = store
-        self._cache = cache
         self._feed = feed
         self._gate = gate
         self._on_event = on_event
@@ -135,7 +146,7 @@ class Sessions:
         """Exchange a refresh token for its successor, once; see session_rotate.lua.
 
         :raises RefreshRefused:
-        :raises UserDisabled: also when the user is gone.
+        :raises UserDisabled: also when the user is deleted.
         :raises SessionLimit: only with the policy `refuse`, for a session that Redis lost: others took its place.
         :raises Unavailable:
         """
@@ -162,7 +173,7 @@ class Sessions:
 
     async def identify(self, token: RefreshToken) -> RefreshToken | None:
         """Return the token with its user's incarnation, for which Postgres is asked where the token is of before there
-        were any; None where its user is gone.
+        were any; None where its user is deleted.
 
         :raises Unavailable:
         """
@@ -174,24 +185,8 @@ class Sessions:
             return None
         return msgspec.structs.replace(token, incarnation=user.incarnation)
 
-    async def profile(self, access_token: str) -> Profile:
-        """Whose token this is: from the cache, or from Postgres behind it.
-
-        :raises InvalidAccessToken, Unavailable:
-        """
-        claims, live = await self.authenticate(access_token)
-        if live.user_json:
-            return msgspec.json.decode(live.user_json, type=Profile)
-        user = await self._users.find(*claims.subject)
-        if user is None or user.disabled:
-            raise InvalidAccessToken
-        profile = profile_of(user)
-        with suppress(Unavailable):  # a Redis without memory reads, and caches nothing
-            await self._cache.store(user.subject, user.version, msgspec.json.encode(profile))
-        return profile
-
     async def list_own(self, access_token: str) -> list[SessionView]:
-        """The live sessions of the token's user, oldest first.
+        """Return the live sessions of the token's user, oldest first.
 
         :raises InvalidAccessToken, Unavailable:
         """
@@ -224,22 +219,22 @@ class Sessions:
         if scope == "all":
             row = await self._revocations.end_all(claims.subject, "logout")
             if row is not None:
-                await self._feed.applied(row.bucket, row.number)
+                await self._feed.wait_applied(row.bucket, row.number)
                 return
-        # Each by itself, also all of a user whose row is gone: there is no epoch to raise.
+        # Each by itself, also all of a user whose row is deleted: there is no epoch to raise.
         live = [session.id for session in await self._list(claims.subject)]
         ended = [id_ for id_ in live if scope == "all" or id_ != claims.session_id]
         if ended:
             await self.end_logged(claims.subject, ended, "logout")
 
-    async def end_logged(self, subject: Subject, session_ids: Sequence[bytes], reason: str) -> None:
+    async def end_logged(self, subject: Subject, session_ids: Sequence[bytes], reason: EndingReason) -> None:
         """End sessions: first in the log, then in Redis."""
         row = await self._revocations.end_sessions(subject, session_ids, reason)
-        await self._feed.applied(row.bucket, row.number)
+        await self._feed.wait_applied(row.bucket, row.number)
 
-    async def end_of_token(self, token: RefreshToken, reason: str) -> None:
-        """End the session of an identified refresh token, also where Redis has lost it, or the user is gone; no second
-        row where the log has its end.
+    async def end_of_token(self, token: RefreshToken, reason: EndingReason) -> None:
+        """End the session of an identified refresh token, also where Redis has lost it, or the user is deleted; no
+        second row where the log has its end.
         """
         user, ended = await self._users.find_of_session(token.subject, token.session_id)
         if user is None:
@@ -249,16 +244,16 @@ class Sessions:
         if is_alive:
             await self.end_logged(token.subject, [token.session_id], reason)
         elif user is not None:
-            # Whoever asks again after a 503 is told of success only when Redis has applied the row, too.
-            await self._feed.applied(bucket_of_user(user.id), user.revocation)
+            # A request that is repeated after a 503 succeeds only when Redis, too, has applied the row.
+            await self._feed.wait_applied(bucket_of_user(user.id), user.revocation)
 
     async def find_live(self, subject: Subject, session_id: bytes) -> Live | None:
-        """The session, unless it has ended or Redis does not know it."""
+        """Return the session, None where it has ended or Redis does not know it."""
         answer = await self._ask(bucket_of_user(subject.user_id), partial(self._store.inspect, subject, session_id))
         return answer if isinstance(answer, Live) else None
 
-    async def authenticate(self, access_token: str) -> tuple[AccessClaims, Live]:
-        """What a valid access token of a live session says.
+    async def authenticate(self, access_token: str) -> Bearer:
+        """Return what a valid access token of a live session says.
 
         :raises InvalidAccessToken, Unavailable:
         """
@@ -271,7 +266,7 @@ class Sessions:
         live = await self.find_live(claims.subject, claims.session_id)
         if live is None:
             raise InvalidAccessToken
-        return claims, live
+        return Bearer(claims, live)
 
     async def _list(self, subject: Subject) -> list[LiveSession]:
         return await self._ask(bucket_of_user(subject.user_id), partial(self._store.list_live, subject))
@@ -279,7 +274,7 @@ class Sessions:
     async def _rebuild(self, token: RefreshToken, key_id: int, caller: Caller) -> Opened | Denied:
         """Put back a session that Redis lost, if Postgres has not ended it."""
         user, ended = await self._users.find_of_session(token.subject, token.session_id)
-        reason = self._gate(token.subject, user)
+        reason: str | None = self._gate(token.subject, user)
         if reason is None and user is not None:
             reason = ended if ended or user.epoch == token.epoch else "logout"
         if reason is not None or user is None:
@@ -308,7 +303,7 @@ class Sessions:
             )
         return RefreshRefused(_REFUSED[denied.status])
 
-    async def _record(self, subject: Subject, session_ids: list[bytes], reason: str) -> None:
+    async def _record(self, subject: Subject, session_ids: list[bytes], reason: EndingReason) -> None:
         """Log what Redis ended, before the answer if Postgres is there."""
         with anyio.move_on_after(RECORD_WAIT_S) as waiting:
             await self._feed.record(subject, session_ids, reason)
@@ -318,7 +313,7 @@ class Sessions:
     async def _ask(self, bucket: int, ask: Callable[[int], Awaitable[Answer]]) -> Answer:
         """Ask a script with the highest revocation number that this replica knows."""
         for _ in range(ROUNDS_MAX):
-            generation = await self._feed.current()
+            generation = await self._feed.ensure_heads_known()
             try:
                 answer = await ask(self._feed.head(bucket))
             except Behind as behind:

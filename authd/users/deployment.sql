@@ -1,5 +1,5 @@
 -- name: move_user_ids
--- Ahead of every id that the restored database can tell of ($1), also of users who are deleted by now.
+-- Ahead of every id that the restored database knows by $1, also of users who are deleted by now.
 SELECT setval('users_id_seq', greatest(last_value, (SELECT max(id) FROM users)) + $1) AS last_id FROM users_id_seq;
 
 -- name: mark_restored

@@ -1,20 +1,17 @@
 """The endpoint that says whose a token is."""
 
-from collections.abc import Awaitable, Callable
-
 from quart import Request, Response
 
 from authd.infra.http.endpoint import BEARER, Endpoint, Endpoints
 from authd.infra.http.replies import json_response
-from authd.users.profile import Profile
+from authd.users.profile import Profile, Profiles
 
 
-def make_user_endpoints(find_profile: Callable[[str], Awaitable[Profile]]) -> list[Endpoint]:
-    """`find_profile`: of the user of an access token."""
+def make_user_endpoints(profiles: Profiles) -> list[Endpoint]:
     endpoint = Endpoints()
 
     @endpoint("GET", "/auth/me", "Who the user is", auth=BEARER, reply=Profile)
     async def me(request: Request, token: str) -> Response:
-        return json_response(await find_profile(token))
+        return json_response(await profiles.read(token))
 
     return endpoint.declared

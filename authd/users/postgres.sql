@@ -13,7 +13,7 @@ FROM users u JOIN revocation_heads h ON h.bucket = u.id % 256
 WHERE u.username_key = $1;
 
 -- name: find_user
--- Without an incarnation ($2) whoever has the id now.
+-- Without an incarnation ($2): the user who has the id now.
 SELECT u.id, u.incarnation, u.username, u.full_name, u.password_hash, u.password_version, u.version,
        u.epoch, u.disabled_at IS NOT NULL AS disabled, u.created_at, h.last_number AS revocation
 FROM users u JOIN revocation_heads h ON h.bucket = u.id % 256
@@ -37,7 +37,7 @@ UPDATE users SET version = version + 1, epoch = version + 1 WHERE id = $1 AND in
 RETURNING epoch;
 
 -- name: disable_user
--- Also ends the use of device tokens: whoever has stolen one gains nothing by it when the user is enabled again.
+-- Also ends the use of device tokens: a stolen one is useless when the user is enabled again.
 UPDATE users
 SET version = version + 1, epoch = version + 1, password_version = password_version + 1, disabled_at = now()
 WHERE username_key = $1 AND disabled_at IS NULL

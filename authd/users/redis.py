@@ -1,4 +1,4 @@
-"""The cached users: what /auth/me shows, with the version of the row it came from."""
+"""Caches profiles: what /auth/me shows, with the version of the row that it came from."""
 
 from authd.infra.redis.client import RedisClient, bucket_of_user
 from authd.infra.subject import Subject

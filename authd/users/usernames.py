@@ -54,7 +54,7 @@ def address_key(username: str) -> str | None:
 
 
 def _ascii_domain(domain: str) -> str | None:
-    """The domain as DNS has it, or None for what is no domain."""
+    """Return the domain as DNS has it, None for what is no domain."""
     try:
         mapped = idna.uts46_remap(domain, std3_rules=False)
         if max(map(len, mapped.split("."))) > LABEL_CHARS_MAX:
@@ -68,7 +68,7 @@ def _ascii_domain(domain: str) -> str | None:
 
 
 def _is_plain(character: str) -> bool:
-    """Whether NFKC changes no more of the character than its width and how its marks are composed."""
+    """Return whether NFKC changes no more of the character than its width and how its marks are composed."""
     if character.isascii() or character in _LETTERS_OF_TWO:
         return True
     form = unicodedata.decomposition(character)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from support.scripts import AUTHD, INCLUDED, SCRIPTS, header, package_of, script_text
 
+from authd.events.redis import FIELDS
 from authd.infra.postgres.queries import load_queries
 
 QUERIES = {path for path in AUTHD.rglob("*.sql") if path.parent.name != "migrations" and path.name != "schema.sql"}
@@ -37,6 +38,12 @@ def test_every_script_is_loaded_or_included() -> None:
     named = set().union(*(constants(ast.parse(path.read_text())) for path in AUTHD.rglob("redis*/*.py")))
     named |= set().union(*(constants(ast.parse(path.read_text())) for path in AUTHD.rglob("redis.py")))
     assert named & SCRIPTS.keys() | INCLUDED == SCRIPTS.keys()
+
+
+def test_scripts_record_events_with_the_fields_that_the_relay_reads() -> None:
+    calls = [call for text in SCRIPTS.values() for call in re.findall(r"add_event\(KEYS[^)]*\)", text)]
+    named = {name for call in calls for name in re.findall(r"'(\w)'", call)}
+    assert named | {FIELDS["kind"]} == set(FIELDS.values())
 
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS.keys() - INCLUDED))

@@ -125,7 +125,7 @@ class Replica:
     async def bearer(self, access_token: str) -> str:
         """The code of an access token's refusal, or `ok`."""
         try:
-            await self.sessions.profile(access_token)
+            await self.services.profiles.read(access_token)
         except Refusal as refusal:
             return refusal.code
         return "ok"
@@ -134,12 +134,12 @@ class Replica:
         """What every ending of all sessions does, with no session needed to ask for it."""
         row = await self.revocations.end_all(user.subject, reason)
         assert row is not None
-        await self.feed.applied(row.bucket, row.number)
+        await self.feed.wait_applied(row.bucket, row.number)
 
     async def set_disabled(self, user: User, reason: Any) -> None:
         row = await self.disabling.set_disabled(user.username, disabled=reason == "user_disabled")
         assert row is not None
-        await self.feed.applied(row.bucket, row.number)
+        await self.feed.wait_applied(row.bucket, row.number)
 
     def token(self, pair: TokenPair) -> RefreshToken:
         return self.mint.read_refresh(pair.refresh_token)

@@ -193,7 +193,7 @@ class App(Quart):
             finally:
                 self.inflight.discard(deadline)
         if not _has_read_body(request):
-            return problem_response("body_timeout", "The body did not come within the time of a request.")
+            return problem_response("body_timeout", "The request body did not arrive in time.")
         metrics.unavailable.labels("deadline").inc()
         return deadline_response()
 

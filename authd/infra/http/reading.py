@@ -74,7 +74,7 @@ def form_fields(pairs: Pairs, *required: str) -> dict[str, str]:
     fields = dict(pairs)
     errors = {name: "This field is required." for name in required if name not in fields}
     names = [name for name, _ in pairs]
-    errors |= {name: "This field stands more than once." for name in required if names.count(name) > 1}
+    errors |= {name: "This field appears more than once." for name in required if names.count(name) > 1}
     if errors:
         raise InvalidRequest(errors)
     return fields

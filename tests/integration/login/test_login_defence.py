@@ -24,7 +24,7 @@ from authd.embedded import RedisServer
 from authd.errors import InvalidCredentials, LoginLocked, Refusal, RegistrationLimited, Unavailable
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.redis.client import RedisClient, open_redis
-from authd.login.password import Checked
+from authd.login.password import Verified
 from authd.login.redis import Forgiven, Outcome, Reserved, Throttle, ThrottleSettings
 from authd.passwords.formats import hash_password
 from authd.tokens.device import DEVICE_TTL_S
@@ -65,8 +65,8 @@ class Defence:
         assert user is not None
         return user
 
-    async def check(self, name: str, password: str = PASSWORD, address: str = HOME, token: str = "") -> Checked:
-        return await self.passwords.check(name, password, address, token)
+    async def check(self, name: str, password: str = PASSWORD, address: str = HOME, token: str = "") -> Verified:
+        return await self.passwords.verify(name, password, address, token)
 
     async def outcome(self, name: str, password: str = WRONG, address: str = ELSEWHERE, token: str = "") -> str:
         """The code of the refusal, or `ok`."""

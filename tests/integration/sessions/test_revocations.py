@@ -217,7 +217,7 @@ async def test_a_client_that_hangs_up_after_the_commit_stops_nothing(world: Worl
     assert row is not None
     with anyio.CancelScope() as request:
         request.cancel()
-        await world.feed.applied(row.bucket, row.number)
+        await world.feed.wait_applied(row.bucket, row.number)
     assert request.cancelled_caught
 
     async def is_applied() -> bool:
@@ -281,7 +281,7 @@ async def test_every_task_that_postgres_did_not_answer_is_counted(
             with anyio.move_on_after(0.1):
                 await world.feed.record(user.subject, [secrets.token_bytes(SESSION_ID_BYTES)], "evicted")
             with pytest.raises(Unavailable):
-                await world.feed.applied(user.id % BUCKETS, 1)
+                await world.feed.wait_applied(user.id % BUCKETS, 1)
 
             async def has_logged_all() -> bool:
                 return events <= {line["event"] for line in logged}

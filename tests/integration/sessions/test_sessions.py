@@ -255,7 +255,7 @@ async def test_counters_go_beyond_32_bits_and_ids_beyond_the_exact_doubles(world
     assert [len(await world.live(user.id)) for user in users] == [1, 1, 1]
     await world.end_all(users[1])
     assert [len(await world.live(user.id)) for user in users] == [1, 0, 1]
-    profile = await world.sessions.profile((await world.login(users[2])).access_token)
+    profile = await world.services.profiles.read((await world.login(users[2])).access_token)
     assert profile.user_id == 2**53 + 3
 
 
@@ -539,7 +539,7 @@ async def test_a_redis_that_wakes_after_the_clients_left_changes_nothing(
         row = await world.revocations.end_all(other.subject, "logout")
         assert row is not None
         with pytest.raises(Unavailable):
-            await world.feed.applied(row.bucket, row.number)
+            await world.feed.wait_applied(row.bucket, row.number)
         await server.resume()
 
         async def have_run() -> bool:
@@ -627,10 +627,10 @@ async def test_the_profile_comes_from_the_cache_while_postgres_is_away(
     world = await make_world(database_timeout_s=1.5)
     user, stranger = await world.register(), await world.register()
     pair, unread = await world.login(user), await world.login(stranger)
-    profile = await world.sessions.profile(pair.access_token)
+    profile = await world.services.profiles.read(pair.access_token)
     assert (profile.user_id, profile.username, profile.full_name) == (user.id, user.username, "Some Body")
     await postgres_server.pause()
-    assert await world.sessions.profile(pair.access_token) == profile
+    assert await world.services.profiles.read(pair.access_token) == profile
     assert await world.bearer(unread.access_token) == "user_store_unavailable"
     await postgres_server.resume()
 
