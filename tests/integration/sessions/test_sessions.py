@@ -533,7 +533,7 @@ async def test_a_redis_that_wakes_after_the_clients_left_changes_nothing(
             partial(world.store.apply, user.subject, 1, 9, session_id=None, epoch=9, reason="logout"),
         ]
         await server.pause()
-        for outcome in await together(*calls, partial(world.sessions.profile, pair.access_token)):
+        for outcome in await together(*calls, partial(world.services.profiles.read, pair.access_token)):
             assert isinstance(outcome, Unavailable) and outcome.part == "session_store"
         # A logout that Postgres has stands, and is applied before the user is served.
         row = await world.revocations.end_all(other.subject, "logout")
