@@ -6,13 +6,13 @@ from contextlib import suppress
 import email_validator
 from email_validator import EmailNotValidError, validate_email
 
+from authd.accounts.creation import Creation
 from authd.config import BUCKETS
 from authd.errors import InvalidRequest, RegistrationLimited, Unavailable, UsernameTaken
 from authd.login.redis import Throttle
 from authd.passwords.formats import check_password
 from authd.passwords.hasher import Admission, Hasher
 from authd.passwords.weak import WeakPasswords
-from authd.users.postgres import Users
 from authd.users.profile import Profile, make_profile
 from authd.users.usernames import USERNAME_CHARS_MAX, address_key
 
@@ -24,9 +24,11 @@ email_validator.SPECIAL_USE_DOMAIN_NAMES.clear()
 
 
 class Accounts:
-    def __init__(self, users: Users, hasher: Hasher, throttle: Throttle, on_outbox: Callable[[int], None]) -> None:
+    def __init__(
+        self, creation: Creation, hasher: Hasher, throttle: Throttle, on_outbox: Callable[[int], None]
+    ) -> None:
         """`on_outbox` is called with each lane that got rows, after the commit."""
-        self._users = users
+        self._creation = creation
         self._hasher = hasher
         self._throttle = throttle
         self._weak_passwords = WeakPasswords()
@@ -55,7 +57,7 @@ class Accounts:
             raise InvalidRequest(errors)
         # Hashed before the name is looked up: a taken name costs the same as a new one.
         password_hash = await self._hash(password, address)
-        user = await self._users.insert(username, key, full_name, password_hash)
+        user = await self._creation.create(username, key, full_name, password_hash)
         if user is None:
             raise UsernameTaken
         self._on_outbox(user.id % BUCKETS)

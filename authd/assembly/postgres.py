@@ -1,13 +1,15 @@
-"""What remembers."""
+"""Everything that is kept in Postgres."""
 
 from datetime import timedelta
 
+from authd.accounts.creation import Creation
 from authd.accounts.disabling import Disabling
 from authd.config import Settings
 from authd.events.factory import EventFactory
 from authd.events.postgres import Outbox
 from authd.infra.postgres.database import Database
 from authd.oauth.postgres import Clients
+from authd.sessions.endings import Endings
 from authd.sessions.postgres import RelayStore, Revocations, RevocationWriter
 from authd.tokens.postgres import Keys
 from authd.users.deployment import Deployment
@@ -23,8 +25,10 @@ class PostgresStores:
             has_broker=bool(settings.kafka_bootstrap_servers), access_ttl_s=settings.access_ttl_s
         )
         writer = RevocationWriter(self.events, timedelta(seconds=settings.session_ttl_s))
-        self.users = Users(database, self.events)
-        self.revocations = Revocations(database, self.users, writer, self.events)
+        self.users = Users(database)
+        self.creation = Creation(database, self.users, self.events)
+        self.revocations = Revocations(database)
+        self.endings = Endings(database, self.users, writer, self.events)
         self.disabling = Disabling(database, self.users, writer, self.events)
         self.relay = RelayStore(database, writer)
         self.outbox = Outbox(database)

@@ -102,7 +102,9 @@ class Services:
         self.hasher = Hasher(self.settings.section(HashSettings))
 
     def _build_feed(self) -> None:
-        self.feed = RevocationFeed(self.postgres.revocations, self.redis.sessions, self.offer_lane)
+        self.feed = RevocationFeed(
+            self.postgres.revocations, self.postgres.endings, self.redis.sessions, self.offer_lane
+        )
         self.relay = EventRelay(
             self.redis.streams,
             self.postgres.relay,
@@ -116,7 +118,7 @@ class Services:
         self.sessions = Sessions(
             self.mint,
             self.postgres.users,
-            self.postgres.revocations,
+            self.postgres.endings,
             self.redis.sessions,
             self.feed,
             refuse_tokens,
@@ -134,7 +136,7 @@ class Services:
         self.logins = Login(self.passwords, self.sessions)
 
     def _build_accounts(self) -> None:
-        self.accounts = Accounts(self.postgres.users, self.hasher, self.throttle, self.offer_lane)
+        self.accounts = Accounts(self.postgres.creation, self.hasher, self.throttle, self.offer_lane)
 
     def _build_oauth(self) -> None:
         self.clients = ClientRegistry(self.postgres.clients)

@@ -45,8 +45,8 @@ async def list_outbox(settings: Settings) -> int:
 
 async def retry_outbox(settings: Settings, ids: Sequence[int] | None) -> int:
     """Give events that were set aside their attempts again; None: all of them."""
-    async with open_database(settings) as database:
-        unparked = await PostgresStores(settings, database).outbox.unpark(ids)
+    async with open_database(settings) as database, database.transaction() as connection:
+        unparked = await PostgresStores(settings, database).outbox.unpark(connection, ids)
     for row_id in sorted(unparked.retried):
         say(f"{row_id}  waits for the broker again")
     for row_id in sorted(unparked.overtaken):

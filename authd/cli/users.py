@@ -81,7 +81,7 @@ async def _set_disabled(settings: Settings, username: str, *, disabled: bool) ->
         row = await stores.disabling.set_disabled(username_key(username), disabled=disabled)
         if row is None:
             return _no_user("or it is so already")
-        feed = RevocationFeed(stores.revocations, RedisStores(settings, redis).sessions)
+        feed = RevocationFeed(stores.revocations, stores.endings, RedisStores(settings, redis).sessions)
         async with running(feed.run):
             try:
                 await feed.wait_applied(row.bucket, row.number)

@@ -110,15 +110,15 @@ class Outbox:
         """Return the parked rows, oldest first, at most PARKED_ROWS."""
         return [ParkedRow(**row) for row in await self._database.fetch(_QUERIES["list_parked"], PARKED_ROWS)]
 
-    async def unpark(self, ids: Sequence[int] | None = None) -> Unparked:
-        """Give parked rows (None: all) their attempts again. They are sent before their users' later rows, which for
-        those that were sent meanwhile comes too late; so what would replace a newer record is deleted instead.
+    async def unpark(self, connection: Connection, ids: Sequence[int] | None = None) -> Unparked:
+        """Give parked rows (None: all) their attempts again, in the caller's transaction. They are sent before
+        their users' later rows, which for those that were sent meanwhile comes too late; so what would replace a newer
+        record is deleted instead.
         """
         chosen = None if ids is None else list(ids)
-        async with self._database.transaction() as connection:
-            await connection.execute(_QUERIES["lock_users_of_parked"], chosen)
-            overtaken = await connection.fetch(_QUERIES["delete_overtaken"], chosen)
-            retried = await connection.fetch(_QUERIES["unpark_events"], chosen)
+        await connection.execute(_QUERIES["lock_users_of_parked"], chosen)
+        overtaken = await connection.fetch(_QUERIES["delete_overtaken"], chosen)
+        retried = await connection.fetch(_QUERIES["unpark_events"], chosen)
         return Unparked([row["id"] for row in retried], [row["id"] for row in overtaken])
 
     async def drop(self, ids: Sequence[int]) -> list[int]:

@@ -19,6 +19,7 @@ from authd.infra.observe import metrics
 from authd.infra.subject import Subject
 from authd.infra.tasks.backoff import Backoff
 from authd.infra.tasks.every import every
+from authd.sessions.endings import Endings
 from authd.sessions.postgres import Revocation, Revocations
 from authd.sessions.redis import SessionStore
 
@@ -72,11 +73,12 @@ class RevocationFeed:
     """What this replica knows of the log, and the tasks that keep Redis up with it."""
 
     def __init__(
-        self, log: Revocations, store: SessionStore, on_outbox: Callable[[int], None] = lambda _: None
+        self, log: Revocations, endings: Endings, store: SessionStore, on_outbox: Callable[[int], None] = lambda _: None
     ) -> None:
         """`on_outbox` is called with each lane that got rows together with a row of the log."""
         self._on_outbox = on_outbox
         self._revocations = log
+        self._endings = endings
         self._store = store
         self._heads: dict[int, int] = {}
         # The servers of Redis for which the heads are known.
@@ -182,7 +184,7 @@ class RevocationFeed:
         backoff = Backoff(RETRY_FIRST_S, RETRY_MAX_S)
         while True:
             try:
-                row = await self._revocations.record_sessions(job.subject, [job.session_id], job.reason)
+                row = await self._endings.record_sessions(job.subject, [job.session_id], job.reason)
                 break
             except Unavailable as error:
                 metrics.unavailable.labels(error.part).inc()
@@ -249,7 +251,7 @@ class RevocationFeed:
 
     async def _clean(self) -> None:
         """Delete the rows that are over, once the tombstones of those with events are in the outbox."""
-        while await self._revocations.announce_over():
+        while await self._endings.enqueue_tombstones():
             pass
         while await self._revocations.delete_expired():
             pass

@@ -13,7 +13,6 @@ from authd.events.postgres import add_events
 from authd.infra.postgres.database import Connection, Database, Record
 from authd.infra.postgres.queries import load_queries
 from authd.infra.subject import Subject
-from authd.users.postgres import Users
 
 _QUERIES = load_queries(__package__)
 #: The first half of the advisory locks' keys; the second is the bucket.
@@ -106,56 +105,32 @@ class RevocationWriter:
         )
         return _place(bucket, rows)
 
+    async def lock_user(self, connection: Connection, user_id: int) -> None:
+        """Lock the user's row, if there is one."""
+        await connection.execute(_QUERIES["lock_user"], user_id)
+
+    async def enqueue_tombstones(self, connection: Connection) -> int:
+        """Enqueue tombstones for rows whose access tokens have all expired, of one user. Return the number of rows. The
+        caller has locked no row: which user it is, is found here.
+        """
+        user_id = await connection.fetchval(_QUERIES["find_user_announced_over"])
+        if user_id is None:
+            return 0
+        await self.lock_user(connection, user_id)
+        # Where another replica was faster, there is nothing left to take.
+        rows = await connection.fetch(_QUERIES["take_announced_over"], user_id)
+        # A newer ending of the same key is still announced: the tombstone would take away its record.
+        newer = await connection.fetch(_QUERIES["list_announced"], user_id)
+        keys = {row["session_id"] for row in rows} - {row["session_id"] for row in newer}
+        await add_events(connection, [revocation_record(user_id, key, None) for key in keys])
+        return len(rows)
+
 
 class Revocations:
-    def __init__(self, database: Database, users: Users, writer: RevocationWriter, events: EventFactory) -> None:
+    """What the log says, and its upkeep."""
+
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._users = users
-        self._writer = writer
-        self._events = events
-
-    async def end_all(self, subject: Subject, reason: EndingReason) -> Revoked | None:
-        """Raise the user's epoch and log it in one transaction; None where the user is deleted."""
-        async with self._database.transaction(bucket=subject.user_id % BUCKETS) as connection:
-            epoch = await self._users.raise_epoch(connection, subject)
-            return None if epoch is None else await self._writer.end_all(connection, subject, epoch, reason)
-
-    async def end_sessions(self, subject: Subject, session_ids: Sequence[bytes], reason: EndingReason) -> Revoked:
-        """Log the ending of at least one session of a user in one transaction, also where the user is deleted. Return
-        the last row's place.
-        """
-        async with self._database.transaction(bucket=subject.user_id % BUCKETS) as connection:
-            await connection.execute(_QUERIES["lock_user"], subject.user_id)
-            for session_id in session_ids:
-                await add_events(connection, self._events.session_ended(subject.user_id, session_id, reason))
-            return await self._writer.end_sessions(connection, _endings(subject, session_ids, reason))
-
-    async def record_sessions(
-        self, subject: Subject, session_ids: Sequence[bytes], reason: EndingReason
-    ) -> Revoked | None:
-        """Log endings that Redis decided, where the log does not have them yet: their events come from Redis. None
-        where it has them all.
-        """
-        async with self._database.transaction(bucket=subject.user_id % BUCKETS) as connection:
-            await connection.execute(_QUERIES["lock_user"], subject.user_id)
-            return await self._writer.end_new(connection, _endings(subject, session_ids, reason))
-
-    async def announce_over(self) -> int:
-        """Enqueue tombstones for rows whose access tokens have all expired, one user per call. Return the number of
-        rows.
-        """
-        async with self._database.transaction() as connection:
-            user_id = await connection.fetchval(_QUERIES["find_user_announced_over"])
-            if user_id is None:
-                return 0
-            await connection.execute(_QUERIES["lock_user"], user_id)
-            # Where another replica was faster, there is nothing left to take.
-            rows = await connection.fetch(_QUERIES["take_announced_over"], user_id)
-            # A newer ending of the same key is still announced: the tombstone would take away its record.
-            newer = await connection.fetch(_QUERIES["list_announced"], user_id)
-            keys = {row["session_id"] for row in rows} - {row["session_id"] for row in newer}
-            await add_events(connection, [revocation_record(user_id, key, None) for key in keys])
-        return len(rows)
 
     async def heads(self) -> dict[int, int]:
         """Return the last number of each bucket that has one."""
@@ -217,10 +192,6 @@ class RelayStore:
                 yield RelayedBucket(connection, self._writer)
             else:
                 yield None
-
-
-def _endings(subject: Subject, session_ids: Sequence[bytes], reason: EndingReason) -> list[Ending]:
-    return [Ending(subject, session_id, reason) for session_id in session_ids]
 
 
 def _place(bucket: int, rows: Sequence[Record]) -> Revoked:

@@ -30,8 +30,8 @@ from authd.infra.caller import Caller
 from authd.infra.encoding import decode_base64url, encode_base64url
 from authd.infra.redis.client import bucket_of_user
 from authd.infra.subject import Subject
+from authd.sessions.endings import Endings
 from authd.sessions.feed import RevocationFeed
-from authd.sessions.postgres import Revocations
 from authd.sessions.redis import Behind, Denied, Live, LiveSession, Opened, Owner, Rotated, SessionStore
 from authd.tokens.access import AccessClaims, ExpiredToken, InvalidToken, TokenMint
 from authd.tokens.refresh import SESSION_ID_BYTES, RefreshToken
@@ -94,7 +94,7 @@ class Sessions:
         self,
         mint: TokenMint,
         users: Users,
-        revocations: Revocations,
+        endings: Endings,
         store: SessionStore,
         feed: RevocationFeed,
         gate: Gate,
@@ -103,7 +103,7 @@ class Sessions:
         """`on_event` is called with each bucket in which a script recorded an event."""
         self._mint = mint
         self._users = users
-        self._revocations = revocations
+        self._endings = endings
         self._store = store
         self._feed = feed
         self._gate = gate
@@ -217,7 +217,7 @@ class Sessions:
             await self.end_logged(claims.subject, [claims.session_id], "logout")
             return
         if scope == "all":
-            row = await self._revocations.end_all(claims.subject, "logout")
+            row = await self._endings.end_all(claims.subject, "logout")
             if row is not None:
                 await self._feed.wait_applied(row.bucket, row.number)
                 return
@@ -229,7 +229,7 @@ class Sessions:
 
     async def end_logged(self, subject: Subject, session_ids: Sequence[bytes], reason: EndingReason) -> None:
         """End sessions: first in the log, then in Redis."""
-        row = await self._revocations.end_sessions(subject, session_ids, reason)
+        row = await self._endings.end_sessions(subject, session_ids, reason)
         await self._feed.wait_applied(row.bucket, row.number)
 
     async def end_of_token(self, token: RefreshToken, reason: EndingReason) -> None:

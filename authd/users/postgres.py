@@ -4,8 +4,6 @@ from datetime import datetime
 
 import msgspec
 
-from authd.events.factory import EventFactory
-from authd.events.postgres import add_events
 from authd.infra.postgres.database import Connection, Database
 from authd.infra.postgres.queries import load_queries
 from authd.infra.subject import Subject
@@ -53,19 +51,17 @@ class NewUser(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Users:
-    def __init__(self, database: Database, events: EventFactory) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._events = events
 
-    async def insert(self, username: str, username_key: str, full_name: str, password_hash: str) -> NewUser | None:
-        """Add the user and its `user.registered` event in one transaction; None where the username is taken."""
-        async with self._database.transaction() as connection:
-            row = await connection.fetchrow(_QUERIES["insert_user"], username, username_key, full_name, password_hash)
-            if row is None:
-                return None
-            user = NewUser(id=row["id"], username=username, full_name=full_name, created_at=row["created_at"])
-            await add_events(connection, self._events.user_registered(user.id, username, full_name, user.created_at))
-        return user
+    async def insert(
+        self, connection: Connection, username: str, username_key: str, full_name: str, password_hash: str
+    ) -> NewUser | None:
+        """Add the user in the caller's transaction. Return it, None where the username is taken."""
+        row = await connection.fetchrow(_QUERIES["insert_user"], username, username_key, full_name, password_hash)
+        if row is None:
+            return None
+        return NewUser(id=row["id"], username=username, full_name=full_name, created_at=row["created_at"])
 
     async def find_by_username_key(self, username_key: str) -> User | None:
         row = await self._database.fetch_row(_QUERIES["find_user_by_username_key"], username_key)
@@ -79,7 +75,7 @@ class Users:
         return User(**row) if row is not None else None
 
     async def find_of_session(self, subject: Subject, session_id: bytes) -> tuple[User | None, str | None]:
-        """The user, and the reason of the session's ending if the log has one."""
+        """Return the user, and the reason of the session's ending if the log has one."""
         row = await self._database.fetch_row(_QUERIES["find_user_of_session"], *subject, session_id)
         if row is None:
             return None, None

@@ -100,6 +100,7 @@ class Replica:
         postgres, redis = PostgresStores(self.settings, self.database), RedisStores(self.settings, self.redis)
         self.services = Services(self.settings, postgres, redis, self.ring, clock=self.clock)
         self.users, self.revocations, self.disabling = postgres.users, postgres.revocations, postgres.disabling
+        self.endings = postgres.endings
         self.store, self.cache = redis.sessions, redis.user_cache
         self.mint, self.throttle, self.hasher = self.services.mint, self.services.throttle, self.services.hasher
         self.feed, self.relay, self.sessions = self.services.feed, self.services.relay, self.services.sessions
@@ -132,7 +133,7 @@ class Replica:
 
     async def end_all(self, user: User, reason: str = "logout") -> None:
         """What every ending of all sessions does, with no session needed to ask for it."""
-        row = await self.revocations.end_all(user.subject, reason)
+        row = await self.endings.end_all(user.subject, reason)
         assert row is not None
         await self.feed.wait_applied(row.bucket, row.number)
 
@@ -165,7 +166,7 @@ class World(Replica):
 
     async def register(self, name: str = "") -> User:
         key = name or f"{secrets.token_hex(8)}@example.org"
-        user = await self.users.insert(key, key, "Some Body", PASSWORD_HASH)
+        user = await self.services.postgres.creation.create(key, key, "Some Body", PASSWORD_HASH)
         assert user is not None
         found = await self.users.find(user.id, None)
         assert found is not None

@@ -62,7 +62,7 @@ class Node:
     async def register(self, full_name: str = "") -> int:
         """A new user's id."""
         name = f"{secrets.token_hex(8)}@example.org"
-        user = await self.remembered.users.insert(name, name, full_name, "hash")
+        user = await self.remembered.creation.create(name, name, full_name, "hash")
         assert user is not None
         self.offer_lane(user.id % BUCKETS)
         await self.subject(user.id)
@@ -119,11 +119,11 @@ class Node:
         await until(is_reused)
 
     async def end(self, user_id: int, session: LiveSession) -> None:
-        await self.remembered.revocations.end_sessions(await self.subject(user_id), [session.id], "logout")
+        await self.remembered.endings.end_sessions(await self.subject(user_id), [session.id], "logout")
         self.offer_lane(user_id % BUCKETS)
 
     async def end_all(self, user_id: int, reason: str = "logout") -> None:
-        assert await self.remembered.revocations.end_all(await self.subject(user_id), reason) is not None
+        assert await self.remembered.endings.end_all(await self.subject(user_id), reason) is not None
         self.offer_lane(user_id % BUCKETS)
 
     async def rows(self, channel: str = "events", user_id: int | None = None) -> list[Any]:

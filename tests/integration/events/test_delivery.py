@@ -72,7 +72,9 @@ async def database(settings: Settings) -> AsyncIterator[Database]:
 
 async def test_a_registration_arrives_as_its_contract_says(settings: Settings, database: Database) -> None:
     async with publisher(settings) as publishing:
-        user = await PostgresStores(settings, database).users.insert("Ann@Example.org", "ann@example.org", "", "hash")
+        user = await PostgresStores(settings, database).creation.create(
+            "Ann@Example.org", "ann@example.org", "", "hash"
+        )
         assert user is not None
         publishing.offer(user.id % BUCKETS)
         await until_waiting(database, 0)

@@ -97,7 +97,7 @@ async def test_what_the_broker_delivered_is_what_the_page_says(
         user, sids = await make_every_event(node)
         await node.until_relayed()
         await node.until_published()
-        while await node.remembered.revocations.announce_over():
+        while await node.remembered.endings.enqueue_tombstones():
             pass
         await node.until_published()
     registered = await read_topic(settings.kafka_bootstrap_servers[0], settings.kafka_registration_topic)

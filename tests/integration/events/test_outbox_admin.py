@@ -140,7 +140,7 @@ async def test_a_retried_revocation_never_stands_over_a_newer_one(
 ) -> None:
     for _ in range(2):
         await node.end_all(POISONED)
-    await node.remembered.revocations.end_sessions(await node.subject(POISONED), [b"s" * 16, b"t" * 16], "logout")
+    await node.remembered.endings.end_sessions(await node.subject(POISONED), [b"s" * 16, b"t" * 16], "logout")
     older, newer, session, over = [row["id"] for row in await node.rows("revocations")]
     [user_tombstone] = await promise(node, revocation_record(POISONED, None, None))
     [tombstone] = await promise(node, revocation_record(OTHER, b"o" * 16, None))

@@ -188,8 +188,8 @@ async def test_with_a_buckets_head_held_its_logouts_are_busy_and_everybody_else_
 
             for number in range(10):
                 ends = [
-                    lambda: world.revocations.end_all(held.subject, "logout"),
-                    lambda: world.revocations.end_sessions(held.subject, [bytes(16)], "logout"),
+                    lambda: world.endings.end_all(held.subject, "logout"),
+                    lambda: world.endings.end_sessions(held.subject, [bytes(16)], "logout"),
                 ]
                 group.start_soon(logout, ends[number % 2])
 
@@ -200,12 +200,12 @@ async def test_with_a_buckets_head_held_its_logouts_are_busy_and_everybody_else_
             while len(outcomes) < 10:
                 assert await waiting_for_locks(operator) <= 1
                 assert await world.users.find(*other.subject) is not None
-                row = await world.revocations.end_all(other.subject, "logout")
+                row = await world.endings.end_all(other.subject, "logout")
                 assert row is not None
                 await world.database.ping()
         assert all(outcome.is_busy for outcome in outcomes)
         assert not is_open(world.database)
-    assert await world.revocations.end_all(held.subject, "logout") is not None
+    assert await world.endings.end_all(held.subject, "logout") is not None
 
 
 async def waiting_for_locks(operator: asyncpg.Connection) -> int:

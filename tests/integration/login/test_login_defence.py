@@ -60,7 +60,7 @@ class Defence:
 
     async def new_user(self, password_hash: str = PASSWORD_HASH) -> User:
         name = f"{secrets.token_hex(8)}@example.org"
-        assert await self.users.insert(name, name, "Some Body", password_hash) is not None
+        assert await self.services.postgres.creation.create(name, name, "Some Body", password_hash) is not None
         user = await self.users.find_by_username_key(name)
         assert user is not None
         return user

@@ -314,12 +314,12 @@ async def test_a_tombstone_follows_its_record_and_spares_a_newer_one(make_node: 
         await node.end_all(somebody)
     twice = await node.open(user, 2)
     await node.end(user, twice)
-    assert await node.remembered.revocations.announce_over() == 0
+    assert await node.remembered.endings.enqueue_tombstones() == 0
     await node.database.fetch("UPDATE revocations SET announced_until = now() - interval '2 minutes'")
     # Newer endings under two of the keys.
     await node.end_all(user)
     await node.end(user, twice)
-    while await node.remembered.revocations.announce_over():
+    while await node.remembered.endings.enqueue_tombstones():
         pass
     by_key: dict[str, list[bool]] = {}
     for row in await node.rows("revocations"):

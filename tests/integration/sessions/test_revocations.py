@@ -81,7 +81,7 @@ async def test_a_replica_learns_the_heads_by_itself(world: World, monkeypatch: p
     monkeypatch.setattr("authd.sessions.feed.HEADS_INTERVAL_S", 0.01)
     user = await world.register()
     other = await world.replica()
-    row = await world.revocations.end_all(user.subject, "logout")
+    row = await world.endings.end_all(user.subject, "logout")
     assert row is not None
 
     async def is_known() -> bool:
@@ -131,7 +131,7 @@ async def test_numbers_have_no_gaps_whatever_is_rolled_back(world: World) -> Non
     async def end_logged() -> None:
         bucket = dice.choice([1, 2])
         ids = [secrets.token_bytes(SESSION_ID_BYTES) for _ in range(dice.choice([1, 3]))]
-        await world.revocations.end_sessions(Subject(bucket, 1), ids, "logout")
+        await world.endings.end_sessions(Subject(bucket, 1), ids, "logout")
 
     await together(*[dice.choice([end, end_logged]) for _ in range(100)])
     heads = await world.revocations.heads()
@@ -213,7 +213,7 @@ async def test_a_log_that_lost_rows_is_not_asked_for_them_without_end(world: Wor
 async def test_a_client_that_hangs_up_after_the_commit_stops_nothing(world: World) -> None:
     user = await world.register()
     pair = await world.login(user)
-    row = await world.revocations.end_all(user.subject, "logout")
+    row = await world.endings.end_all(user.subject, "logout")
     assert row is not None
     with anyio.CancelScope() as request:
         request.cancel()

@@ -536,7 +536,7 @@ async def test_a_redis_that_wakes_after_the_clients_left_changes_nothing(
         for outcome in await together(*calls, partial(world.services.profiles.read, pair.access_token)):
             assert isinstance(outcome, Unavailable) and outcome.part == "session_store"
         # A logout that Postgres has stands, and is applied before the user is served.
-        row = await world.revocations.end_all(other.subject, "logout")
+        row = await world.endings.end_all(other.subject, "logout")
         assert row is not None
         with pytest.raises(Unavailable):
             await world.feed.wait_applied(row.bucket, row.number)
@@ -772,7 +772,7 @@ async def test_a_revocation_that_is_asked_for_again_answers_when_redis_has_it(wo
     user = await world.register()
     pair = await world.login(user)
     other = await world.replica()
-    await world.revocations.end_sessions(user.subject, [world.token(pair).session_id], "logout")
+    await world.endings.end_sessions(user.subject, [world.token(pair).session_id], "logout")
     await world.sessions.end_of_token(world.token(pair), "revoked")
     assert await world.applied(user.id) == 1
     assert await other.bearer(pair.access_token) == "token_invalid"

@@ -58,7 +58,7 @@ async def test_a_deletion_and_logouts_in_one_bucket_leave_no_gap(world: World) -
     await world.database.fetch("ALTER SEQUENCE users_id_seq INCREMENT BY 256")
     users = [await world.register() for _ in range(20)]
     calls = [partial(delete, world, user) for user in users[:10]]
-    calls += [partial(world.revocations.end_all, user.subject, "logout") for user in users]
+    calls += [partial(world.endings.end_all, user.subject, "logout") for user in users]
     await together(*calls)
     (bucket,) = await world.revocations.heads()
     rows = await world.database.fetch("SELECT number FROM revocations WHERE bucket = $1 ORDER BY 1", bucket)
@@ -175,7 +175,7 @@ async def test_an_announced_ending_of_a_user_who_is_gone_gets_its_tombstone_and_
             await node.end_all(user)
         await node.database.fetch("DELETE FROM users WHERE id = $1", gone)
         await node.database.fetch("UPDATE revocations SET announced_until = now() - interval '2 minutes'")
-        while await node.remembered.revocations.announce_over():
+        while await node.remembered.endings.enqueue_tombstones():
             pass
         for user in (gone, there):
             records = await node.rows("revocations", user)
