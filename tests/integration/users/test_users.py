@@ -13,7 +13,9 @@ pytestmark = pytest.mark.parametrize("redis_url", ["single"], indirect=True)
 
 async def test_of_concurrent_registrations_of_one_name_one_wins_with_one_event(world: World) -> None:
     spellings = ["Ann@example.org", "ann@EXAMPLE.org", *["ann@example.org"] * 8]
-    made = await together(*[partial(world.services.postgres.creation.create, name, "ann@example.org", "", "hash") for name in spellings])
+    made = await together(
+        *[partial(world.services.postgres.creation.create, name, "ann@example.org", "", "hash") for name in spellings]
+    )
     (user,) = [result for result in made if result is not None]
     (row,) = await world.database.fetch("SELECT * FROM users")
     assert (row["id"], row["username"]) == (user.id, user.username)
