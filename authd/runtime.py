@@ -26,7 +26,7 @@ from authd.errors import Unavailable
 from authd.events.publisher import FLUSH_S
 from authd.infra.clocks import ClockWatch
 from authd.infra.http.server.listening import Listeners
-from authd.infra.http.server.server import HttpServer
+from authd.infra.http.server.server import HttpServer, ServerSettings
 from authd.infra.observe.logs import flush_logs
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.postgres.migrate import NOT_READY, migrate
@@ -107,15 +107,16 @@ def _tasks(services: Services, follow_keys: Run) -> Iterator[tuple[Run, Drain | 
 @asynccontextmanager
 async def _serving(services: Services, listeners: Listeners) -> AsyncGenerator[None, None]:
     settings = services.settings
+    section = settings.section(ServerSettings)
     app = build_app(services)
     apps = [app]
     async with AsyncExitStack() as servers:
         if listeners.operations is not None:  # it stops last, to tell of the drain
             inner = build_operations_app(services)
             apps.append(inner)
-            server = HttpServer(inner, settings, connections_max=OPERATIONS_CONNECTIONS_MAX, drain_s=OPERATIONS_DRAIN_S)
+            server = HttpServer(inner, section, connections_max=OPERATIONS_CONNECTIONS_MAX, drain_s=OPERATIONS_DRAIN_S)
             await servers.enter_async_context(server.serving(listeners.operations))
-        server = HttpServer(app, settings, connections_max=settings.connections_per_worker, drain_s=settings.drain_s)
+        server = HttpServer(app, section, connections_max=settings.connections_per_worker, drain_s=settings.drain_s)
         await servers.enter_async_context(server.serving(listeners.public))
         yield
         services.health.is_draining = True

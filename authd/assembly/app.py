@@ -2,7 +2,7 @@
 
 from authd.accounts.http import make_account_endpoints
 from authd.assembly.services import Services
-from authd.infra.http.app import App
+from authd.infra.http.app import App, AppSettings
 from authd.infra.http.endpoint import Endpoint
 from authd.infra.http.openapi import make_openapi_endpoints
 from authd.infra.http.operations import make_operation_endpoints, make_probe_endpoints
@@ -15,12 +15,12 @@ from authd.users.http import make_user_endpoints
 
 def build_app(services: Services) -> App:
     """Return the app at `AUTHD_BIND`."""
-    return App(services.settings, make_endpoints(services))
+    return App(services.settings.section(AppSettings), make_endpoints(services))
 
 
 def build_operations_app(services: Services) -> App:
     """Return the app at `AUTHD_OPERATIONS_BIND`."""
-    return App(services.settings, make_operation_endpoints(services.health))
+    return App(services.settings.section(AppSettings), make_operation_endpoints(services.health))
 
 
 def make_endpoints(services: Services) -> list[Endpoint]:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 import anyio
+import msgspec
 import structlog
 from prometheus_client import Counter, Histogram
 from quart import Blueprint, Quart, Request, Response, signals
@@ -19,7 +20,7 @@ from werkzeug.datastructures import ImmutableMultiDict
 from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge
 from werkzeug.routing import MapAdapter, Rule
 
-from authd.config import Settings
+from authd.config import Network
 from authd.errors import Refusal, Unavailable
 from authd.infra.http.address import find_address
 from authd.infra.http.cors import Cors
@@ -88,12 +89,19 @@ class _Context(RequestContext):
             super().match_request()
 
 
+class AppSettings(msgspec.Struct, frozen=True):
+    request_timeout_s: float
+    body_max_bytes: int
+    trusted_proxies: tuple[Network, ...]
+    cors_origins: tuple[str, ...]
+
+
 class App(Quart):
     """Serves declared endpoints. `inflight` holds the deadline of every request that is being answered."""
 
     request_class = _Request
 
-    def __init__(self, settings: Settings, endpoints: Sequence[Endpoint]) -> None:
+    def __init__(self, settings: AppSettings, endpoints: Sequence[Endpoint]) -> None:
         super().__init__("authd", static_folder=None, template_folder=None)
         self.inflight: set[Deadline] = set()
         self.is_draining = False

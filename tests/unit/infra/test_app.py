@@ -7,7 +7,7 @@ import pytest
 from quart import Blueprint, Quart, Request, Response, signals
 
 from authd.config import Settings
-from authd.infra.http.app import App, IgnoredHook
+from authd.infra.http.app import App, AppSettings, IgnoredHook
 from authd.infra.http.endpoint import PUBLIC, Endpoints
 from authd.infra.http.replies import json_response
 
@@ -53,7 +53,7 @@ def make_app(settings: Settings) -> App:
     async def found(request: Request) -> Response:
         return json_response({})
 
-    return App(settings, endpoint.declared)
+    return App(settings.section(AppSettings), endpoint.declared)
 
 
 @pytest.fixture(scope="module")

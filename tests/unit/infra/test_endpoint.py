@@ -8,7 +8,7 @@ from quart import Request, Response
 
 from authd.config import Settings
 from authd.errors import LoginLocked, RefreshRefused, UserDisabled
-from authd.infra.http.app import App, IgnoredHook
+from authd.infra.http.app import App, AppSettings, IgnoredHook
 from authd.infra.http.endpoint import BEARER, NO_STORE, PUBLIC, Endpoints
 from authd.infra.http.replies import json_response
 
@@ -37,7 +37,7 @@ def app(make_settings: Callable[..., Settings]) -> App:
     async def no_cookies(request: Request) -> Response:
         return json_response(dict(request.cookies))
 
-    return App(make_settings(), endpoint.declared)
+    return App(make_settings().section(AppSettings), endpoint.declared)
 
 
 def test_a_declaration_that_says_nothing_of_who_may_call_stops_the_start() -> None:
@@ -64,11 +64,11 @@ def test_an_endpoint_that_is_declared_twice_stops_the_start(make_settings: Calla
             return json_response({})
 
     with pytest.raises(AssertionError):
-        App(make_settings(), [*first.declared, *second.declared])
+        App(make_settings().section(AppSettings), [*first.declared, *second.declared])
 
 
 def test_a_route_that_is_no_declared_endpoint_stops_the_start(make_settings: Callable[..., Settings]) -> None:
-    app = App(make_settings(), [])
+    app = App(make_settings().section(AppSettings), [])
     app.refuse_hooks()
 
     @app.get("/hidden")

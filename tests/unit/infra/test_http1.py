@@ -14,12 +14,12 @@ from quart import Request, Response, g
 from structlog.testing import capture_logs
 
 from authd.config import Settings
-from authd.infra.http.app import App
+from authd.infra.http.app import App, AppSettings
 from authd.infra.http.endpoint import PUBLIC, Endpoints
 from authd.infra.http.replies import json_response
 from authd.infra.http.server.framing import CHUNK_LINE_BYTES_MAX, EMPTY_LINES_MAX, TRAILERS_BYTES_MAX
 from authd.infra.http.server.protocol import PARTS_PER_TURN, Http1
-from authd.infra.http.server.server import make_config
+from authd.infra.http.server.server import ServerSettings, make_config
 
 WITHIN_S = 5.0
 POLICY, DEFAULT_POLICY = "default-src 'self'", "default-src 'none'; frame-ancestors 'none'"
@@ -34,7 +34,7 @@ class Peer:
     def __init__(self, app: App, settings: Settings, tasks: asyncio.TaskGroup) -> None:
         self.written = bytearray()
         self.is_closed = False
-        config = make_config(settings)
+        config = make_config(settings.section(ServerSettings))
         self._protocol = Http1(
             app, config, WorkerContext(None), tasks, settings.headers_max, ("198.51.100.1", 1), None, self._receive
         )
@@ -115,7 +115,7 @@ def make_app(settings: Settings) -> App:
 
         return Response(body(), content_type="application/json")
 
-    return App(settings, endpoint.declared)
+    return App(settings.section(AppSettings), endpoint.declared)
 
 
 Connect = Callable[[], AbstractAsyncContextManager[Peer]]

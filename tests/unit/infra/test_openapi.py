@@ -10,7 +10,7 @@ from quart import Request, Response
 from support.declared import ISSUER, declared_endpoints
 
 from authd.config import Settings
-from authd.infra.http.app import App
+from authd.infra.http.app import App, AppSettings
 from authd.infra.http.endpoint import PUBLIC, Endpoints
 from authd.infra.http.openapi import ANYWHERE, describe
 from authd.infra.http.problems import PROBLEMS
@@ -45,7 +45,7 @@ def test_every_route_is_described_and_no_other(
 ) -> None:
     served = {
         (re.sub(r"<(\w+)>", r"{\1}", rule.rule), method.lower())
-        for rule in App(make_settings(), ENDPOINTS).url_map.iter_rules()
+        for rule in App(make_settings().section(AppSettings), ENDPOINTS).url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD"}
     }
     assert operations(document).keys() == served

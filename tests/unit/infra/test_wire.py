@@ -14,7 +14,7 @@ from werkzeug.sansio import request as sansio_request
 
 from authd.accounts.http import RegisterRequest
 from authd.errors import Unavailable
-from authd.infra.http.app import App
+from authd.infra.http.app import App, AppSettings
 from authd.infra.http.endpoint import PUBLIC, Endpoints
 from authd.infra.http.reading import CONTENT_TYPE_CHARS_MAX, FORM_BYTES_MAX, FORM_FIELDS_MAX, read_form, read_json
 from authd.infra.http.replies import json_response
@@ -59,7 +59,7 @@ def make_app(make_settings, body_bytes_max: int = BODY_BYTES_MAX) -> App:
         abort(418)
 
     settings = make_settings(body_max_bytes=body_bytes_max, request_timeout_s=0.2, hash_deadline_s=0.1)
-    return App(settings, endpoint.declared)
+    return App(settings.section(AppSettings), endpoint.declared)
 
 
 @pytest.fixture(scope="module")

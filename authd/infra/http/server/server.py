@@ -17,12 +17,12 @@ from functools import lru_cache
 from typing import Any, cast
 
 import anyio
+import msgspec
 import structlog
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
 
-from authd.config import Settings
 from authd.infra.http.app import App
 from authd.infra.http.problems import PROBLEMS, SECURITY_HEADERS, problem_body, problem_headers
 from authd.infra.http.server.protocol import Http1
@@ -50,8 +50,16 @@ FULL = "connections_full"
 _log = structlog.get_logger()
 
 
+class ServerSettings(msgspec.Struct, frozen=True):
+    header_max_bytes: int
+    headers_max: int
+    header_timeout_s: float
+    request_timeout_s: float
+    keep_alive_s: float
+
+
 class HttpServer:
-    def __init__(self, app: App, settings: Settings, *, connections_max: int, drain_s: float) -> None:
+    def __init__(self, app: App, settings: ServerSettings, *, connections_max: int, drain_s: float) -> None:
         self.settings = settings
         self._connections_max = connections_max
         self._drain_s = drain_s
@@ -346,7 +354,7 @@ def _date(second: int) -> bytes:
     return formatdate(second, usegmt=True).encode()
 
 
-def make_config(settings: Settings) -> Config:
+def make_config(settings: ServerSettings) -> Config:
     """Return what the protocol asks Hypercorn's configuration for."""
     config = _Config()
     config.errorlog = None
