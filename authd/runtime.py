@@ -122,7 +122,8 @@ async def _serving(services: Services, listeners: Listeners) -> AsyncGenerator[N
         services.health.is_draining = True
         for each in apps:
             each.is_draining = True
-        # The balancer sees /readyz and sends nobody else; who comes meanwhile is answered, and told to leave.
+        # The balancer sees /readyz and sends nobody else; a client that arrives meanwhile is answered and asked to
+        # leave.
         await anyio.sleep(settings.unready_s)
 
 
@@ -147,7 +148,7 @@ def _exit(status: int) -> None:
 
 
 async def _wait_for_postgres(settings: Settings) -> None:
-    """Migrate; while Postgres is away try again, for as long as `start_timeout_s`."""
+    """Migrate; while Postgres is unavailable try again, for as long as `start_timeout_s`."""
     backoff = Backoff(START_RETRY_FIRST_S, START_RETRY_MAX_S)
     deadline = anyio.current_time() + settings.start_timeout_s
     while True:

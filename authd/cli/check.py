@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def check(settings: Settings) -> int:
-    """One line for each part; 1 when one is away without which requests fail."""
+    """Print one line for each part. Return 1 when one is unavailable without which requests fail."""
     status = 0
     async with open_database(settings) as database, open_redis(settings) as redis:
         for part, probe in (("Postgres", database.ping), ("Redis", redis.ping)):

@@ -20,7 +20,7 @@ COMMANDS = {
     "users": "look at, disable, enable and unlock users",
     "clients": "register services that may ask about tokens",
     "keys": "look at and rotate the keys of tokens",
-    "outbox": "look at the events that wait or were set aside",
+    "outbox": "list the events that wait or are parked, retry or drop them",
 }
 
 

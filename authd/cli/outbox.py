@@ -13,26 +13,26 @@ from authd.infra.postgres.database import open_database
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="action")
-    actions.add_parser("list", help="how many wait, since when, and those set aside").set_defaults(
+    actions.add_parser("list", help="how many wait, since when, and those that are parked").set_defaults(
         command=lambda _: run(list_outbox)
     )
-    retry = actions.add_parser("retry", help="try events that were set aside again")
+    retry = actions.add_parser("retry", help="try parked events again")
     which = retry.add_mutually_exclusive_group(required=True)
     which.add_argument("ids", nargs="*", type=_row_id, default=[], metavar="id")
     which.add_argument("--all", action="store_true", help="all of them")
     retry.set_defaults(command=lambda options: run(partial(retry_outbox, ids=None if options.all else options.ids)))
-    drop = actions.add_parser("drop", help="delete events that were set aside, unsent")
+    drop = actions.add_parser("drop", help="delete parked events, unsent")
     drop.add_argument("ids", nargs="+", type=_row_id, metavar="id")
     drop.set_defaults(command=lambda options: run(partial(drop_outbox, ids=options.ids)))
 
 
 async def list_outbox(settings: Settings) -> int:
-    """What waits, and a line for each event that is set aside; never its value, which is about a person."""
+    """Print what waits, and a line for each parked event; never its value, which is about a person."""
     async with open_database(settings) as database:
         outbox = PostgresStores(settings, database).outbox
         backlog, parked = await outbox.backlog(), await outbox.parked()
     say(f"waiting: {backlog.events}, the oldest for {backlog.oldest_s:.0f} s")
-    say(f"set aside: {backlog.parked}")
+    say(f"parked: {backlog.parked}")
     for row in parked:
         say(
             f"{row.id}  {row.type}  channel={row.channel}  user={row.user_id}  attempts={row.attempts}"
@@ -44,7 +44,7 @@ async def list_outbox(settings: Settings) -> int:
 
 
 async def retry_outbox(settings: Settings, ids: Sequence[int] | None) -> int:
-    """Give events that were set aside their attempts again; None: all of them."""
+    """Give parked events their attempts again; None: all of them."""
     async with open_database(settings) as database, database.transaction() as connection:
         unparked = await PostgresStores(settings, database).outbox.unpark(connection, ids)
     for row_id in sorted(unparked.retried):
@@ -64,7 +64,7 @@ async def drop_outbox(settings: Settings, ids: Sequence[int]) -> int:
 
 def _complain_of_missing(wanted: Iterable[int], found: set[int]) -> int:
     missing = sorted(set(wanted) - found)
-    return complain(f"Not set aside: {', '.join(map(str, missing))}.") if missing else 0
+    return complain(f"Not parked: {', '.join(map(str, missing))}.") if missing else 0
 
 
 def _row_id(text: str) -> int:

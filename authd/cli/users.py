@@ -80,13 +80,13 @@ async def _set_disabled(settings: Settings, username: str, *, disabled: bool) ->
         stores = PostgresStores(settings, database)
         row = await stores.disabling.set_disabled(username_key(username), disabled=disabled)
         if row is None:
-            return _no_user("or it is so already")
+            return _no_user(f"or already {'disabled' if disabled else 'enabled'}")
         feed = RevocationFeed(stores.revocations, stores.endings, RedisStores(settings, redis).sessions)
         async with running(feed.run):
             try:
                 await feed.wait_applied(row.bucket, row.number)
             except Unavailable:
-                say("Done in Postgres. Redis is away and will be told before it serves this user.")
+                say("Done in Postgres. Redis is unavailable and will apply it before it serves this user.")
                 return 0
     say("Done.")
     return 0

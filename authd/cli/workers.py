@@ -21,7 +21,7 @@ _log = structlog.get_logger()
 def run_workers(settings: Settings, listeners: Listeners) -> int:
     """Start `settings.workers` processes and wait for all; return the first exit status that is not 0.
 
-    When one ends unasked the others are told to stop, and the orchestrator starts the whole again.
+    When one ends unasked the others are stopped, and the orchestrator starts the whole again.
     """
     life, own_life = os.pipe()  # closed by the parent's end, however it comes
     with tempfile.TemporaryDirectory(prefix="authd-metrics-") as metrics_folder:

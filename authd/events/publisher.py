@@ -37,7 +37,7 @@ TRIES_MAX = 5
 RETRY_FIRST_S = 1.0
 #: How long a row of an unknown channel waits: only a newer replica can send it.
 POSTPONE_S = 5.0
-#: How often a topic that takes nothing is asked for again.
+#: How often a topic that accepts nothing is tried again.
 TOPIC_RETRY_S = 5.0
 #: At most 1/POOL_SHARE of the pool may wait for Kafka: the rest is for requests.
 POOL_SHARE = 4
@@ -114,7 +114,8 @@ class Publisher:
     async def drain(self, flush_s: float = FLUSH_S) -> None:
         """Take no more offers, let `run` return by itself, and return when it has: when the lanes offered so far are
         sent, or after `flush_s` and what is unanswered then (at most `kafka_timeout_s`), or at once while Kafka or
-        Postgres is away. Cancelling this and `run` before that loses nothing; what was just sent is then sent again.
+        Postgres is unavailable. Cancelling this and `run` before that loses nothing; what was just sent is then sent
+        again.
         """
         self._lanes.close(anyio.current_time() + flush_s)
         for scope in self._waits:
@@ -231,7 +232,7 @@ class Publisher:
                 outcome.away = error
                 return
             except TopicUnusable as error:
-                # The user's later rows of this topic are left out too; order is promised within a topic.
+                # The user's later rows of this topic are left out too; order is guaranteed within a topic.
                 outcome.has_answer = True
                 self._set_aside(topic, str(error))
                 continue

@@ -80,7 +80,7 @@ class ClockWatch:
         return skews
 
     async def run(self, *, task_status: TaskStatus[None]) -> None:
-        """Check every INTERVAL_S. A clock that becomes wrong while authd serves is told, and ends nothing: what it
+        """Check every INTERVAL_S. A clock that becomes wrong while authd serves is reported, and ends nothing: what it
         decides alone is the life of access tokens.
         """
         await every(INTERVAL_S, self._check_again, task_status=task_status)

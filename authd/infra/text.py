@@ -4,7 +4,7 @@ Python's normal form sorts combining marks by insertion, in quadratic time. So a
 marks no more may stand in a row than UAX 15's Stream-Safe Text Format allows, which is more than any language has.
 
 What is stored under a normal form must mean the same on all replicas and after an upgrade, but the Pythons that authd
-runs on bring the tables of Unicode 14, 15 and 15.1. Unicode promises that the forms of what is assigned never change.
+runs on bring the tables of Unicode 14, 15 and 15.1. Unicode guarantees that the forms of what is assigned never change.
 So code points that came after version 14 are left as they are, which is what its tables do with them.
 """
 

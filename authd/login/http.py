@@ -17,7 +17,7 @@ from authd.login.login import Login, LoginPair
 
 
 class LoginForm(msgspec.Struct):
-    """The password grant of OAuth 2. What is optional here is not looked at."""
+    """The password grant of OAuth 2. What is optional here is not read."""
 
     username: Annotated[str, Meta(min_length=1)]
     password: Annotated[str, Meta(min_length=1)]

@@ -195,8 +195,8 @@ class Throttle:
     async def settle(self, attempt: Reserved, outcome: Outcome) -> tuple[CounterKind, ...]:
         """Settle a reserved attempt once: again, or after its reservation expired, it changes nothing.
 
-        A success clears the pair alone: the owner's logins must not give new attempts to a guesser at other addresses,
-        of other accounts, or with a stolen device token. Returns what this failure locked.
+        A success clears the pair alone: the owner's logins must not give new attempts to an attacker at other
+        addresses, of other accounts, or with a stolen device token. Return what this failure locked.
         """
         others = Outcome.RELEASED if outcome is Outcome.SUCCEEDED else outcome
         outcomes = {counter: outcome if counter.kind == "pair" else others for counter in attempt.counters}
@@ -230,8 +230,8 @@ class Throttle:
         arguments: list[Any] = []
         if outcome is Outcome.FAILED:
             keys.append(event_stream(self._client, counter.bucket))
-            told = [counter.kind, attempt.user_id, attempt.address, self._stream_max]
-            arguments = [counter.limit, self._lockout_ms, *told]
+            event = [counter.kind, attempt.user_id, attempt.address, self._stream_max]
+            arguments = [counter.limit, self._lockout_ms, *event]
         reply = await self._client.decide(self._settle[outcome], counter.bucket, keys, attempt.id, *arguments)
         if reply[0] == b"locked":
             metrics.events_dropped.labels("login.locked").inc(int(reply[2]))

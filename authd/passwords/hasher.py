@@ -28,8 +28,9 @@ from authd.passwords.formats import Effort, effort_to_hash, effort_to_verify, ha
 
 #: A job that has to wait for other attempts is asked again after this.
 ADMISSION_PAUSE_S = 0.05
-#: Who is refused for the load is told so no sooner than this after it came: else a few hundred connections that ask
-#: again at once would fill the event loop with refusals, and everybody's login would wait for that.
+#: A caller that is refused for the load gets its answer no sooner than this after it arrived: otherwise a few hundred
+#: connections that ask again at once would fill the event loop with refusals, and everybody's login would wait for
+#: that.
 REFUSAL_PAUSE_S = 1.0
 #: For each thread a task that hashes, and another that settles meanwhile what was hashed before.
 OWNERS_PER_THREAD = 2
@@ -66,7 +67,7 @@ class Job(Generic[T, R]):
     #: Runs on a thread.
     work: Callable[[], T]
     #: Gets what `work` returned, or None if it broke or was not run after all, and makes the answer. It runs after
-    #: every HASH, whatever became of the asker.
+    #: every HASH, whatever became of the caller.
     settle: Callable[[T | None], Awaitable[R]]
     #: Asked when a thread is free for the job.
     admit: Callable[[], Awaitable[Admission]] = _admit_all
@@ -89,7 +90,7 @@ class Job(Generic[T, R]):
 
 @dataclass(eq=False, slots=True)
 class _Entry:
-    """A job in the Hasher's hands. Its asker waits in `scope`, whose deadline falls away when the job is admitted."""
+    """A job in the Hasher's hands. Its caller waits in `scope`, whose deadline falls away when the job is admitted."""
 
     job: Job[Any, Any]
     path: Path
@@ -105,7 +106,7 @@ class _Entry:
 
 
 class _Overloaded(Exception):
-    """There is no place for the job, or none any more. Its asker gets an `Unavailable`."""
+    """There is no place for the job, or none any more. Its caller gets an `Unavailable`."""
 
     def __init__(self, retry_after_s: int) -> None:
         self.retry_after_s = retry_after_s
@@ -122,7 +123,7 @@ class Hasher:
     """Hashes on a bounded number of threads, fed from two bounded queues, by tasks that outlive the requests.
 
     A request only waits. When its client hangs up, a waiting job is dropped, while a running one keeps its thread until
-    it ends and is settled: else hang-ups could start more hashes than there are threads, or guess uncounted.
+    it ends and is settled: otherwise hang-ups could start more hashes than there are threads, or guess uncounted.
 
     Known devices wait in one queue, all others in the other, and the threads are shared by WEIGHTS. In both, networks
     get equal seconds of hashing, then their addresses, then the accounts of an address. So a flood, of wrong guesses or

@@ -22,7 +22,7 @@ class WeakPasswords:
     def check(self, password: str, username: str) -> str | None:
         """The broken rule as a sentence, or None. `username`: the e-mail address. Upper and lower case are alike.
 
-        Text that is too long to be a password, or not bounded, is not looked at: `check_password` refuses it.
+        Text that is too long to be a password, or not bounded, is not checked: `check_password` refuses it.
         """
         folded = fold(password, PASSWORD_INPUT_CHARS_MAX)
         if folded is None:

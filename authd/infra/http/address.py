@@ -19,9 +19,9 @@ Address = IPv4Address | IPv6Address
 ADDRESSES_MAX = 4096
 #: No address with brackets, zone and port is longer: the texts above are an attacker's.
 ADDRESS_CHARS_MAX = 64
-#: Hops that are looked at, from the right.
+#: Hops that are checked, from the right.
 HOPS_MAX = 32
-#: What of a User-Agent is looked at; far less is kept.
+#: What of a User-Agent is read; far less is kept.
 USER_AGENT_CHARS_MAX = 1024
 
 _WITH_PORT = re.compile(r"(?P<v4>[0-9.]+):[0-9]{1,5}|\[(?P<v6>[^\]]+)\](?::[0-9]{1,5})?")

@@ -182,7 +182,7 @@ class App(Quart):
         try:
             response = await self._answer(request)
             if not await _has_whole_body(request) or self.is_draining:
-                # It ends after this answer; a client that is not told would use it again.
+                # It ends after this answer; a client that does not know would use it again.
                 response.headers["Connection"] = "close"
             response.headers["X-Request-ID"] = request_id
             # Only what says otherwise is for everybody: anything else may hold a token or tell of a user.

@@ -12,7 +12,7 @@ from authd.errors import InvalidRequest, MalformedRequest, Refusal, UnsupportedM
 
 FORM_FIELDS_MAX = 32
 #: A form of `%4` would hold up everybody for 0.3 s at the highest AUTHD_BODY_MAX_BYTES. The longest username and
-#: password that are looked at, each byte of them escaped, have 28,000.
+#: password that are checked, each byte of them escaped, have 28,000.
 FORM_BYTES_MAX = 32_768
 #: Taking a type with its parameters apart costs far more than its length in bytes suggests.
 CONTENT_TYPE_CHARS_MAX = 256
@@ -83,7 +83,7 @@ def form_fields(pairs: Pairs, *required: str) -> dict[str, str]:
 def media_type(request: Request, wanted: str) -> str:
     """Return the type of the body in lower case, without its parameters; empty where there is none.
 
-    :raises UnsupportedMediaType: over one too long to be looked at.
+    :raises UnsupportedMediaType: over one that is too long.
     """
     if len(request.headers.get("Content-Type", "")) > CONTENT_TYPE_CHARS_MAX:
         raise UnsupportedMediaType(wanted)

@@ -118,7 +118,7 @@ class Producer:
         task_status.started()
         backoff = Backoff(START_DELAY_MIN_S, START_DELAY_MAX_S)
         while True:
-            # A fresh one for every try: aiokafka does not promise that a stopped producer starts again.
+            # A fresh one for every try: aiokafka does not guarantee that a stopped producer starts again.
             connection = _Connection(self._options)
             try:
                 if await self._start(connection):

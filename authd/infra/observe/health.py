@@ -1,4 +1,4 @@
-"""Which parts answer, looked at by a task and not by whoever asks: a flood of probes costs the stores nothing."""
+"""Checks which parts answer, in a task and not for each probe: a flood of probes costs the stores nothing."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Literal
@@ -16,8 +16,9 @@ _log = structlog.get_logger()
 
 
 class Report(msgspec.Struct, frozen=True):
-    """`status` is `unready` when a part is away without which requests fail; `degraded` when only events wait: because
-    there is no broker, none is configured, or one takes them too slowly. `events_oldest_s`: how long the oldest has.
+    """`status` is `unready` when a part is unavailable without which requests fail; `degraded` when only events wait:
+    because there is no broker, none is configured, or one takes them too slowly. `events_oldest_s`: how long the oldest
+    has.
     """
 
     status: Literal["ready", "degraded", "draining", "unready"]
@@ -31,7 +32,7 @@ class Report(msgspec.Struct, frozen=True):
 
 class Health:
     """`required` parts are probed; each probe raises `Unavailable` within its own deadline. `events`, whether they are
-    told in time, and `oldest_s`, how long one waits, are only asked.
+    published in time, and `oldest_s`, how long one waits, are only asked.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ outbox_oldest_seconds = Gauge(
     "authd_outbox_oldest_seconds", "Age of the oldest event that waits.", multiprocess_mode="mostrecent"
 )
 outbox_parked = Gauge(
-    "authd_outbox_parked", "Events set aside that the broker will not take.", multiprocess_mode="mostrecent"
+    "authd_outbox_parked", "Events that the broker refused and that are parked.", multiprocess_mode="mostrecent"
 )
 events_published = Counter("authd_events_published_total", "Events the broker acknowledged, by type.", ["type"])
 events_dropped = Counter("authd_events_dropped_total", "Events a full stream did not take, by type.", ["type"])

@@ -17,7 +17,8 @@ class SchemaTooNew(Exception):
     """The database was migrated by a newer authd than this one."""
 
 
-#: Postgres is away, starting, has no such database yet, or somebody's transaction is in the way: worth another try.
+#: Postgres is unavailable, starting, has no such database yet, or somebody's transaction is in the way: worth another
+#: try.
 NOT_READY = (
     OSError,
     TimeoutError,
@@ -33,7 +34,7 @@ async def migrate(settings: Settings) -> list[str]:
     """Run the migrations that the database lacks and return their file names.
 
     :raises SchemaTooNew: when the database knows a migration that this authd does not.
-    :raises OSError, asyncpg.PostgresError: when Postgres is away or refuses.
+    :raises OSError, asyncpg.PostgresError: when Postgres is unavailable or refuses.
     """
     with anyio.fail_after(MIGRATE_TIMEOUT_S):
         connection = await asyncpg.connect(settings.database_url.reveal(), timeout=settings.database_timeout_s)

@@ -77,7 +77,7 @@ class Servers:
 
     async def on_connect(self, connection: Any) -> None:
         await connection.on_connect()
-        # One that nobody had: where it is not told, every connection counts as new.
+        # One that nobody had: where it is not known, every connection counts as new.
         run_id = await _info(connection, "server", _RUN_ID) or secrets.token_hex(8)
         # Behind Sentinel all servers are one, for only the master is used; in a cluster each address has its slots.
         place = "" if isinstance(connection, SentinelManagedConnection) else (connection.host, connection.port)
@@ -218,10 +218,11 @@ class RedisClient:
             raise Unavailable("session_store") from error
         finally:
             if isinstance(call, Coroutine):
-                call.close()  # where it was never begun
+                call.close()  # close the coroutine if the breaker refused it
 
     def _breaker(self, key: str) -> Breaker:
-        # In a cluster a bucket stands for the node that holds it: one that is away must not cost the others' users.
+        # In a cluster a bucket stands for the node that holds it: one that is unavailable must not cost the others'
+        # users.
         part = key.partition("}")[0] if isinstance(self._client, RedisCluster) else ""
         if part not in self._breakers:
             self._breakers[part] = Breaker(lambda: Unavailable("session_store"))
@@ -258,7 +259,7 @@ def bucket_of_user(user_id: int) -> int:
 
 @asynccontextmanager
 async def open_redis(settings: Settings) -> AsyncGenerator[RedisClient, None]:
-    """A client that connects when first used: authd starts, and says so, while Redis is away."""
+    """Yield a client that connects when first used: authd starts, and says so, while Redis is unavailable."""
     servers = Servers()
     try:
         client = _make_client(settings, servers)
@@ -311,7 +312,7 @@ def _make_sentinel_client(url: str, nodes: Sequence[str], service: str, limits: 
     """The master's address is asked for at each new connection: a failover needs no restart."""
     options = {name: value for name, value in parse_url(url).items() if name not in ("host", "port")}
     options["ssl"] = options.pop("connection_class", None) is not None
-    # A sentinel that is away leaves time to ask each of the others and to reach the master.
+    # A sentinel that is unavailable leaves time to ask each of the others and to reach the master.
     timeout_s = limits["socket_timeout"] / (len(nodes) + 1)
     impatience = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": Retry(NoBackoff(), 0)}
     # The credentials are the master's.

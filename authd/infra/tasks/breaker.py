@@ -14,7 +14,7 @@ OPEN_S = 1.0
 
 
 class Breaker:
-    """Around the calls to one part. `refusal` makes the exception that is raised instead of a call."""
+    """Guards the calls to one store. `refusal` makes the exception that is raised instead of a call."""
 
     def __init__(self, refusal: Callable[[], Exception], clock: Callable[[], float] = time.monotonic) -> None:
         self._refusal = refusal
@@ -25,7 +25,7 @@ class Breaker:
     @contextmanager
     def call(self, failures: tuple[type[BaseException], ...]) -> Generator[None, None, None]:
         """Count a failure if one of `failures` is raised, and a success if nothing is. Other exceptions, such as the
-        request's own end, say nothing about the part.
+        request's own end, say nothing about the store.
         """
         self.enter()
         try:

@@ -1,7 +1,7 @@
 """The deadline of what is done for every request.
 
-Not anyio's scope, which costs several times as much, and not asyncio's `timeout`, which cancels once: asyncpg, told so
-while Postgres is frozen, would wait for it again to give the connection back.
+Not anyio's scope, which costs several times as much, and not asyncio's `timeout`, which cancels once: asyncpg,
+cancelled while Postgres is frozen, would wait for it again to give the connection back.
 """
 
 import asyncio
@@ -13,8 +13,8 @@ CANCEL_AGAIN_S = 0.05
 
 
 class Deadline:
-    """Ends what the task does in the body, after these seconds or when told to. Whoever else cancels the task is not
-    overheard. `is_over` says afterwards whether the body was ended.
+    """Cancel the body's task after `seconds`, or at `end`, repeatedly until it stops. Cancellations from elsewhere
+    still propagate. `is_over` says afterwards whether the body was ended.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -28,7 +28,7 @@ class Deadline:
         return self
 
     def end(self) -> None:
-        """Now."""
+        """Cancel the body now."""
         self._timer.cancel()
         self._cancellations += 1
         self._task.cancel()

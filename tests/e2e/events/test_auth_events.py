@@ -228,7 +228,7 @@ async def test_events_that_wait_too_long_degrade_readiness_and_operators_see_the
         assert listed.returncode == 0
         first, second, row = listed.stdout.splitlines()
         assert first.startswith("waiting: 1, the oldest for 36")
-        assert second == "set aside: 1"
+        assert second == "parked: 1"
         assert "user.y" in row and "hidden" not in listed.stdout
         assert (await process.run("outbox", "drop", row.split()[0])).returncode == 0
         assert (await process.run("outbox", "drop", "1")).returncode == 1

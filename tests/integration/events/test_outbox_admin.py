@@ -103,8 +103,8 @@ async def test_what_was_set_aside_is_sent_after_the_topic_was_mended(
         assert await retry_outbox(poisoned, [rows[0], 2**62]) == 1
         told = capsys.readouterr()
         assert f"{rows[0]}  waits for the broker again" in told.out.splitlines()
-        assert told.err == f"authd: Not set aside: {2**62}.\n"
-        await until(lambda: has_parked(node, 2))  # refused and set aside again
+        assert told.err == f"authd: Not parked: {2**62}.\n"
+        await until(lambda: has_parked(node, 2))  # refused and parked again
         async with admin_of(poisoned) as admin:
             limit = {"max.message.bytes": "20000"}
             topic = ConfigResource(ConfigResourceType.TOPIC, poisoned.kafka_events_topic, limit)
@@ -122,7 +122,7 @@ async def test_only_what_is_set_aside_is_dropped(
     await park(node, gone)
     assert await drop_outbox(settings, [gone, waiting]) == 1
     told = capsys.readouterr()
-    assert (told.out, told.err) == (f"{gone}  dropped\n", f"authd: Not set aside: {waiting}.\n")
+    assert (told.out, told.err) == (f"{gone}  dropped\n", f"authd: Not parked: {waiting}.\n")
     assert [row["id"] for row in await node.rows()] == [waiting]
 
 
@@ -172,7 +172,7 @@ async def test_what_waits_too_long_is_late_and_what_is_set_aside_is_not(node: No
 
 async def test_an_empty_outbox_says_so(node: Node, settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     assert await list_outbox(settings) == 0
-    assert capsys.readouterr().out == "waiting: 0, the oldest for 0 s\nset aside: 0\n"
+    assert capsys.readouterr().out == "waiting: 0, the oldest for 0 s\nparked: 0\n"
     assert await retry_outbox(settings, None) == 0
 
 

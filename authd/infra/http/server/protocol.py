@@ -1,6 +1,6 @@
 """HTTP/1.1 on one connection: Hypercorn's protocol, held to stricter rules than it has of itself (see framing.py).
 
-Neither HTTP/2 nor WebSocket is spoken here: an upgrade is ignored (RFC 9110, 7.8), a cleartext HTTP/2 preface refused.
+Neither HTTP/2 nor WebSocket is supported: an upgrade is ignored (RFC 9110, 7.8), a cleartext HTTP/2 preface refused.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ _DETAILS = {
     "headers_too_large": "The header fields are too many or too long.",
     "target_too_long": f"The request target is longer than {TARGET_BYTES_MAX} bytes.",
     "transfer_coding_unknown": "The only transfer coding is chunked.",
-    "http_version_unknown": "Only HTTP/1.1 and HTTP/1.0 are spoken here.",
+    "http_version_unknown": "Only HTTP/1.1 and HTTP/1.0 are supported.",
 }
 
 
