@@ -200,7 +200,7 @@ def load_settings(environ: Mapping[str, str], *, env_file: Path = Path(".env")) 
 
 
 def read_values(environ: Mapping[str, str], *, env_file: Path = Path(".env")) -> dict[str, str]:
-    """The texts of all `AUTHD_…` names in `environ` and, where it has them not, in `env_file`."""
+    """Return the texts of all `AUTHD_…` names in `environ` and, where it does not have them, in `env_file`."""
     # Without interpolation: a secret may hold a dollar sign.
     values = {name: value or "" for name, value in dotenv_values(env_file, interpolate=False).items()} | dict(environ)
     return {name: value for name, value in values.items() if name.startswith(PREFIX)}
@@ -241,7 +241,7 @@ def _parse(text: str, kind: Any) -> Any:
 
 
 def _without_value(error: ValueError, kind: Any) -> str:
-    """What is wrong, without the value that `ip_network` and a choice would repeat."""
+    """Return what is wrong, without the value that `ip_network` and a choice would repeat."""
     if kind == tuple[Network, ...]:
         return "it must be IP networks without host bits, such as 10.0.0.0/8, separated by commas"
     if get_origin(kind) is Literal:
@@ -315,7 +315,7 @@ def _is_redis_url(url: str) -> bool:
 
 
 def _authority(url: str, schemes: Collection[str]) -> str | None:
-    """The part between `//` and the path; None where the URL is not one of the schemes or is in doubt."""
+    """Return the part between `//` and the path; None where the URL is not one of the schemes or is in doubt."""
     if _CONTROL.search(url):
         return None
     try:
@@ -337,7 +337,7 @@ def _are_hosts(hosts: str) -> bool:
 
 
 def _are_too_wide(networks: Sequence[Network]) -> bool:
-    """Whether one of the networks, or several side by side, are wider than any proxy's."""
+    """Return whether one of the networks, or several side by side, are wider than any proxy's."""
     v4 = collapse_addresses(network for network in networks if isinstance(network, IPv4Network))
     v6 = collapse_addresses(network for network in networks if isinstance(network, IPv6Network))
     return any(network.prefixlen < TRUSTED_PREFIX_MIN_V4 for network in v4) or any(

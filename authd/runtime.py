@@ -92,7 +92,9 @@ async def _serve(
 
 
 def _tasks(services: Services, follow_keys: Run) -> Iterator[tuple[Run, Drain | None]]:
-    """The tasks of a replica in the order of their start, each with what ends its work when those after it are gone."""
+    """Return the tasks of a replica in the order of their start, each with what ends its work when those after it are
+    gone.
+    """
     yield follow_keys, None
     yield services.feed.run, None
     yield services.outbox_watch.run, None

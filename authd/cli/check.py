@@ -81,7 +81,7 @@ async def _check_kafka(settings: Settings) -> str:
 
 
 def _measure_hashing(settings: Settings) -> str:
-    """What a login costs here, and the cost that comes nearest to HASH_TARGET_S."""
+    """Return what a login costs here, and the cost that comes nearest to HASH_TARGET_S."""
     samples_s = []
     for _ in range(MEASURED_HASHES):
         start = time.perf_counter()

@@ -69,7 +69,7 @@ authd is ready on http://{0}   (Ctrl-C stops it; its data stay)
 
 
 def _kept_secret(folder: Path) -> str:
-    """The master secret of this folder's data, made once: only who runs `dev` can read it."""
+    """Return the master secret of this folder's data, made once: only who runs `dev` can read it."""
     file = folder / "secret"
     folder.mkdir(parents=True, exist_ok=True)
     try:

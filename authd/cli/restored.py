@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def restored(settings: Settings) -> int:
-    """What has to be done once after Postgres was restored from a backup, before the first replica starts."""
+    """Do what has to be done once after Postgres was restored from a backup, before the first replica starts."""
     await migrate(settings)  # the backup may be of an older version
     async with open_database(settings) as database:
         done = await PostgresStores(settings, database).deployment.mark_restored()

@@ -278,7 +278,7 @@ class _Refusal(msgspec.Struct, frozen=True):
 
     @property
     def retry_s(self) -> float | None:
-        """How long the row waits for its next try; None where this was the last."""
+        """Return how long the row waits for its next try; None where this was the last."""
         if self.row.attempts + 1 >= TRIES_MAX:
             return None
         return self.retry_first_s * float(2**self.row.attempts)
@@ -334,7 +334,7 @@ class OutboxWatch:
 
     @property
     def is_late(self) -> bool:
-        """Whether something has waited longer than `outbox_degraded_s`."""
+        """Return whether something has waited longer than `outbox_degraded_s`."""
         return self.oldest_s > self._degraded_s
 
     async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:

@@ -8,8 +8,8 @@ def encode_base64url(raw: bytes) -> str:
 
 
 def decode_base64url(text: str) -> bytes | None:
-    """The bytes, or None where the text is not the one canonical encoding: two texts of one token would be two tokens
-    to every cache and log.
+    """Return the bytes, or None where the text is not the one canonical encoding: two texts of one token would be two
+    tokens to every cache and log.
     """
     try:
         raw = urlsafe_b64decode(text + "=" * (-len(text) % 4))

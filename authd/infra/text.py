@@ -30,14 +30,14 @@ _NEWER = re.compile(
 
 
 def is_bounded(text: str, chars_max: int) -> bool:
-    """Whether the text has at most `chars_max` code points and MARKS_MAX combining marks in a row."""
+    """Return whether the text has at most `chars_max` code points and MARKS_MAX combining marks in a row."""
     if len(text) > chars_max:
         return False
     return text.isascii() or not any(map(_has_a_long_run, _NEWER.split(text)[::2]))
 
 
 def holds_newer(text: str) -> bool:
-    """Whether a code point stands in it that Unicode 14 does not have, but a newer one."""
+    """Return whether a code point stands in it that Unicode 14 does not have, but a newer one."""
     return not text.isascii() and _NEWER.search(text) is not None
 
 

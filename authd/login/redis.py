@@ -144,7 +144,7 @@ class Throttle:
         )
 
     async def locked_s(self, address: str, account: str) -> int | None:
-        """Seconds until an attempt without a device may be made, rounded up; None if now."""
+        """Return the seconds until an attempt without a device may be made, rounded up; None if now."""
         return (await self.look(address, account)).locked_s
 
     async def reserve(self, address: str, account: str, user_id: int = 0) -> Reserved | Locked | Wait:
@@ -180,7 +180,7 @@ class Throttle:
         )
 
     async def registrations_locked_s(self, address: str) -> int | None:
-        """Seconds until the address may register again, rounded up; None if now. Only a look."""
+        """Return the seconds until the address may register again, rounded up; None if now. Only a look."""
         counter = self._counter("registrations", network_of(address))
         return _seconds(await self._client.read(self._peek, [counter.key], counter.limit, self._lockout_ms)) or None
 

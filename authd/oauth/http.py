@@ -141,7 +141,7 @@ def make_oauth_endpoints(settings: Settings, registry: ClientRegistry, desk: Tok
 
 
 def make_metadata(issuer: str) -> dict[str, Any] | None:
-    """RFC 8414. None where the issuer is no URL, from which the others could be made."""
+    """Return the metadata of RFC 8414, None where the issuer is no URL, from which the others could be made."""
     if urlsplit(issuer).scheme not in ("http", "https"):
         return None
     base = issuer.rstrip("/")
@@ -162,7 +162,7 @@ def make_metadata(issuer: str) -> dict[str, Any] | None:
 
 
 def _credentials(request: Request, form: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """The client's id and secret, both by HTTP Basic or both in the form: never one of each (RFC 6749, 2.3).
+    """Return the client's id and secret, both by HTTP Basic or both in the form: never one of each (RFC 6749, 2.3).
 
     :raises InvalidClient, InvalidRequest:
     """

@@ -120,8 +120,8 @@ class FairQueue(Generic[T]):
         return items
 
     def work_ahead_s(self, path: Path, cost_s: float) -> float:
-        """Seconds of work served before an item that is added now, if none comes after it. At most one job of each
-        other holder too much; paused jobs do not count.
+        """Return the seconds of work served before an item that is added now, if none comes after it. At most one job
+        of each other holder too much; paused jobs do not count.
         """
         holders = [self._root]
         for key in path:
@@ -141,8 +141,8 @@ class FairQueue(Generic[T]):
         return ahead_s
 
     def _newest_of_biggest(self, path: Path) -> T | None:
-        """The item that must leave the full queue for one of `path`: None where no other holder has more than that one
-        would have, on any level.
+        """Return the item that must leave the full queue for one of `path`: None where no other holder has more than
+        that one would have, on any level.
         """
         parent = self._root.children[path[0]]
         for key in path[1:]:

@@ -53,7 +53,7 @@ class _Stored(NamedTuple):
 
 
 def check_password(password: str) -> str | None:
-    """The broken rule as a sentence, or None for a password that can be set."""
+    """Return the broken rule as a sentence, or None for a password that can be set."""
     if _utf8(password) is None:
         return "The password must be valid Unicode without NUL characters."
     if len(password) <= PASSWORD_INPUT_CHARS_MAX:
@@ -68,7 +68,7 @@ def check_password(password: str) -> str | None:
 
 
 def hash_password(password: str, cost: int) -> str:
-    """A new hash of the password, whole and NFKC-normalised. Takes long: only on a hashing thread.
+    """Return a new hash of the password, whole and NFKC-normalised. Takes long: only on a hashing thread.
 
     :raises ValueError: for text that `check_password` calls invalid or too long.
     """
@@ -84,7 +84,7 @@ def hash_password(password: str, cost: int) -> str:
 
 
 def verify_password(password: str, stored: str | None, cost: int) -> bool:
-    """Whether the stored hash is of this password. Takes long: only on a hashing thread. Raises nothing.
+    """Return whether the stored hash is of this password. Takes long: only on a hashing thread. Raises nothing.
 
     Always one bcrypt: of the stored hash's cost, or of `cost` where there is no user, the hash is not usable, or its
     cost is out of bounds. Whoever measures the time learns nothing from a password that could never match either.
@@ -96,7 +96,7 @@ def verify_password(password: str, stored: str | None, cost: int) -> bool:
 
 
 def needs_rehash(password: str, stored: str, cost: int) -> bool:
-    """Whether a password that just matched should be hashed anew, for its cost or its format."""
+    """Return whether a password that just matched should be hashed anew, for its cost or its format."""
     found = _parse(stored, cost)
     if found.effort.scheme == "bcrypt" and len(_utf8(password) or b"") >= BCRYPT_BYTES_MAX:
         # Only its first 72 bytes were compared. To keep the rest as typed now could lock the owner out.
@@ -126,7 +126,7 @@ def _parse(stored: str | None, cost: int) -> _Stored:
 
 
 def _key(scheme: Scheme, password: str) -> bytes | None:
-    """What the scheme hashes, or None for a password that no hash can be of."""
+    """Return what the scheme hashes, or None for a password that no hash can be of."""
     if scheme == "bcrypt-sha256":
         return _normalised(password)
     raw = _utf8(password)
@@ -134,7 +134,7 @@ def _key(scheme: Scheme, password: str) -> bytes | None:
 
 
 def _bcrypt(effort: Effort, salt: str, key: bytes) -> str:
-    """The 31 characters of the digest. `2a`, `2b` and `2y` are one algorithm in today's libraries."""
+    """Return the 31 characters of the digest. `2a`, `2b` and `2y` are one algorithm in today's libraries."""
     if effort.scheme == "bcrypt-sha256":
         key = base64.b64encode(hmac.digest(salt.encode(), key, "sha256"))
     return bcrypt.hashpw(key, f"$2b${effort.cost:02d}${salt}".encode()).decode()[-31:]
@@ -151,7 +151,9 @@ def _normalised(password: str) -> bytes | None:
 
 
 def _utf8(password: str) -> bytes | None:
-    """None for lone surrogates, which JSON can carry, and for NUL, where other bcrypts stop reading."""
+    """Return the bytes, None for lone surrogates, which JSON can carry, and for NUL, where other bcrypts stop
+    reading.
+    """
     try:
         raw = password.encode()
     except UnicodeEncodeError:

@@ -179,7 +179,7 @@ class Hasher:
         )
 
     async def run_job(self, job: Job[T, R]) -> R:
-        """What `job.settle` returned. Raises what any of the job's steps raised, too."""
+        """Return what `job.settle` returned. Raise what any of the job's steps raised, too."""
         came_at = anyio.current_time()
         try:
             return await self._run(job)
@@ -298,7 +298,7 @@ class Hasher:
             _log.warning("hash_job_failed_unheard", exc_info=error)
 
     def _wait_s(self, job: Job[Any, Any]) -> float:
-        """Seconds until a thread is free for a job that comes now, if none comes after it."""
+        """Return the seconds until a thread is free for a job that comes now, if none comes after it."""
         now = anyio.current_time()
         running = (self._times.of(entry.job.effort) - max(0.0, now - entry.started_at) for entry in self._in_hand)
         waiting = self._queue.work_ahead_s(job.path, self._times.of(job.effort))

@@ -20,7 +20,8 @@ class WeakPasswords:
         self._common = frozenset((files(__package__) / LIST).read_text("utf-8").splitlines())
 
     def check(self, password: str, username: str) -> str | None:
-        """The broken rule as a sentence, or None. `username`: the e-mail address. Upper and lower case are alike.
+        """Return the broken rule as a sentence, or None. `username`: the e-mail address. Upper and lower case are
+        alike.
 
         Text that is too long to be a password, or not bounded, is not checked: `check_password` refuses it.
         """

@@ -79,7 +79,8 @@ def make_session_endpoints(settings: Settings, sessions: Sessions) -> list[Endpo
 
 
 async def read_logout_scope(request: Request) -> LogoutScope:
-    """The `scope` of the query, or of a JSON body or a form; `all` where there is none, and old clients send none.
+    """Return the `scope` of the query, or of a JSON body or a form; `all` where there is none, and old clients send
+    none.
 
     :raises UnsupportedMediaType, MalformedRequest, InvalidRequest:
     """

@@ -86,12 +86,12 @@ class TokenMint:
         self.access_ttl_s = settings.access_ttl_s
 
     def mac_key_id(self) -> int:
-        """The key that refresh tokens are made with now."""
+        """Return the key that refresh tokens are made with now."""
         return self._ring.mac_key(self._clock()).id
 
     def make_access(self, subject: Subject, session_id: bytes, epoch: int, token_id: str) -> str:
-        """A signed access token. `token_id` becomes `jti`; `epoch` lets a service that never asks authd tell tokens of
-        before an ending of all sessions from those of after it.
+        """Return a signed access token. `token_id` becomes `jti`; `epoch` lets a service that never asks authd tell
+        tokens of before an ending of all sessions from those of after it.
         """
         now = self._clock()
         key = self._ring.signing_key(self._algorithm, now)
@@ -116,7 +116,7 @@ class TokenMint:
         return f"{signed}.{encode_base64url(signature)}"
 
     def read_access(self, text: str) -> AccessClaims:
-        """The claims of an access token of ours.
+        """Return the claims of an access token of ours.
 
         :raises ExpiredToken: when only its time is over.
         :raises InvalidToken: otherwise.
@@ -178,14 +178,14 @@ class TokenMint:
         )
 
     def make_refresh(self, token: RefreshToken) -> str:
-        """The text of a refresh token: the same bytes for the same fields."""
+        """Return the text of a refresh token: the same bytes for the same fields."""
         secret = self._find_secret(token.key_id)
         if secret is None:
             raise InvalidToken
         return make_refresh_token(token, secret)
 
     def read_refresh(self, text: str) -> RefreshToken:
-        """The fields of a refresh token of ours.
+        """Return the fields of a refresh token of ours.
 
         :raises ExpiredToken: when only its time is over.
         :raises InvalidToken: otherwise.

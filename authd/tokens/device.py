@@ -40,7 +40,7 @@ class Device(msgspec.Struct, frozen=True):
     made_ms: int
 
     def is_of(self, subject: Subject, password_version: int, registered_at: datetime) -> bool:
-        """Whether it is a device of this user, since the password was last changed."""
+        """Return whether it is a device of this user, since the password was last changed."""
         if self.password_version != password_version:
             return False
         if self.subject.incarnation:
@@ -57,7 +57,7 @@ class DeviceMint:
         self._clock = clock
 
     def make(self, subject: Subject, password_version: int, device_id: bytes | None = None) -> str:
-        """A token that is good for DEVICE_TTL_S from now, of a new device where none is named."""
+        """Return a token that is good for DEVICE_TTL_S from now, of a new device where none is named."""
         now = self._clock()
         key = self._ring.mac_key(now)
         device_id = device_id or secrets.token_bytes(DEVICE_ID_BYTES)
@@ -65,7 +65,7 @@ class DeviceMint:
         return _DEVICE.make(key.id, key.secret, *subject, password_version, device_id, expires_ms, 0, 0)
 
     def read(self, text: str) -> Device | None:
-        """The device of a token of ours; None for anything else, which is then as good as no token."""
+        """Return the device of a token of ours; None for anything else, which is then as good as no token."""
         if fields := _DEVICE.read(text, self._find_secret):
             _, user_id, incarnation, password_version, device_id, expires_ms, _, _ = fields
         elif fields := _DEVICE_V1.read(text, self._find_secret):

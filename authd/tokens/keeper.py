@@ -75,7 +75,7 @@ class KeyKeeper:
 
     @property
     def rotating(self) -> list[str]:
-        """The purposes whose keys follow one another."""
+        """Return the purposes whose keys follow one another."""
         algorithm = self._settings.jwt_algorithm
         return [MAC] if algorithm == "HS256" else [MAC, algorithm]
 

@@ -52,7 +52,7 @@ class Keys:
         return await self._database.time_s()
 
     async def load(self, lives: Lives) -> list[StoredKey]:
-        """All keys, oldest first."""
+        """Return all keys, oldest first."""
         return [StoredKey(**row) for row in await self._database.fetch(_QUERIES["list_keys"], lives.mac, lives.signing)]
 
     async def add(self, key: NewKey, publish: timedelta) -> None:

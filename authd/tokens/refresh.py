@@ -88,7 +88,7 @@ def _of_v1(
     issued_ms: int,
     expires_ms: int,
 ) -> RefreshToken:
-    """A token of before, whose session was opened by the login, with a password: there was nothing else."""
+    """Return a token of before, whose session was opened by the login, with a password: there was nothing else."""
     return RefreshToken(
         key_id=key_id,
         user_id=user_id,

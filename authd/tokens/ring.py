@@ -87,7 +87,7 @@ class KeyRing:
         return self._mac.get(key_id)
 
     def jwks(self) -> dict[str, list[dict[str, Any]]]:
-        """The public keys (RFC 7517). A shared secret is no public key and never stands here."""
+        """Return the public keys (RFC 7517). A shared secret is no public key and never stands here."""
         public = [key for key in self._signing.values() if key.algorithm != "HS256"]
         return {"keys": [dict(key.key.as_dict(private=False)) for key in public]}
 

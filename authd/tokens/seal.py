@@ -27,7 +27,10 @@ class KeySeal:
         return jwe.encrypt_compact({"alg": "dir", "enc": "A256GCM", "kid": label}, plain, self._keys[0])
 
     def open(self, sealed: str, *, label: str) -> bytes:
-        """:raises InvalidToken: when no master secret opens it, or it was sealed under another label."""
+        """Return what was sealed.
+
+        :raises InvalidToken: when no master secret opens it, or it was sealed under another label.
+        """
         for key in self._keys:
             plain = _open_seal(key, sealed, label)
             if plain is not None:
@@ -53,7 +56,7 @@ def _open_seal(key: OctKey, sealed: str, label: str) -> bytes | None:
 
 
 def generate_signing_key(algorithm: Algorithm, kid: str) -> bytes:
-    """A new private key as JWK JSON."""
+    """Return a new private key as JWK JSON."""
     parameters = {"kid": kid, "use": "sig", "alg": algorithm}
     if algorithm == "ES256":
         made: Key = ECKey.generate_key("P-256", parameters, private=True)  # type: ignore[arg-type]
@@ -68,7 +71,7 @@ def load_signing_key(text: bytes, *, kid: str, algorithm: Algorithm, active_at: 
 
 
 def shared_signing_key(secret: Secret) -> SigningKey:
-    """The HS256 key that existing services hold too."""
+    """Return the HS256 key that existing services hold too."""
     return SigningKey(_SHARED_KID, "HS256", OctKey.import_key(secret.reveal().encode()), 0.0)
 
 

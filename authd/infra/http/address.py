@@ -47,7 +47,10 @@ def find_address(request: Request, trusted: Sequence[Network]) -> str:
 
 
 def bearer_token(request: Request) -> str:
-    """:raises MissingToken:"""
+    """Return the token of the request.
+
+    :raises MissingToken:
+    """
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
         raise MissingToken
@@ -55,7 +58,7 @@ def bearer_token(request: Request) -> str:
 
 
 def _text(value: str) -> str:
-    """A header's text: Quart reads its bytes as Latin-1, and who sends more than ASCII sends UTF-8."""
+    """Return a header's text: Quart reads its bytes as Latin-1, and who sends more than ASCII sends UTF-8."""
     try:
         return value.encode("latin-1").decode()
     except UnicodeError:

@@ -65,7 +65,7 @@ class _Request(Request):
 
     @property
     def cookies(self) -> ImmutableMultiDict[str, str]:
-        """Those that the endpoint's declaration names: no other is seen by anybody."""
+        """Return those that the endpoint's declaration names: no other is seen by anybody."""
         names = self.declared.cookies if self.declared is not None else ()
         return ImmutableMultiDict([(name, value) for name, value in super().cookies.items(multi=True) if name in names])
 
@@ -77,7 +77,9 @@ class _Request(Request):
 
 class _Context(RequestContext):
     async def _push(self) -> None:
-        """Without the session that Quart would open: it is a cookie, and an endpoint declares its own."""
+        """Match the request, without the session that Quart would open: it is a cookie, and an endpoint declares its
+        own.
+        """
         self.match_request()
 
     def match_request(self) -> None:
@@ -120,7 +122,10 @@ class App(Quart):
         self.register_error_handler(Exception, _on_fault)
 
     def register_blueprint(self, blueprint: Blueprint, **options: Any) -> None:  # type: ignore[override]
-        """:raises IgnoredHook:"""
+        """Register it, unless it brings a hook.
+
+        :raises IgnoredHook:
+        """
         super().register_blueprint(blueprint, **options)
         self.refuse_hooks()
 

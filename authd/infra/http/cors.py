@@ -39,7 +39,7 @@ class Cors:
         self._origins = frozenset(origins)
 
     def preflight(self, request: Request) -> Response | None:
-        """The answer to a browser that asks before it sends; None to anything else."""
+        """Return the answer to a browser that asks before it sends; None to anything else."""
         asked = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
         if not asked or not self._permits(request):
             return None

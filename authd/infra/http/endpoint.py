@@ -99,12 +99,12 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def variables(self) -> list[str]:
-        """The names of the variables in the path."""
+        """Return the names of the variables in the path."""
         return _VARIABLE.findall(self.path)
 
     @property
     def template(self) -> str:
-        """The path as OpenAPI writes it."""
+        """Return the path as OpenAPI writes it."""
         return _VARIABLE.sub(r"{\1}", self.path)
 
 

@@ -68,7 +68,7 @@ class ProblemResponse(Response):
 
 
 def refusal_response(refusal: Refusal) -> Response:
-    """The answer to a refused request."""
+    """Return the answer to a refused request."""
     extra: dict[str, Any] = {"error": _OAUTH_ERRORS[refusal.code]} if refusal.code in _OAUTH_ERRORS else {}
     if isinstance(refusal, InvalidRequest):
         extra["errors"] = [{"field": field, "detail": detail} for field, detail in refusal.errors.items()]
@@ -91,7 +91,7 @@ def problem_body(code: str, detail: str, **extra: Any) -> bytes:
 
 
 def problem_headers(length: int) -> list[tuple[bytes, bytes]]:
-    """For a problem of `length` bytes after which the connection is closed."""
+    """Return the headers for a problem of `length` bytes after which the connection is closed."""
     headers = {
         "Content-Type": MEDIA_TYPE,
         "Content-Length": str(length),

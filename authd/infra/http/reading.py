@@ -24,7 +24,7 @@ Pairs = Sequence[tuple[str, str]]
 
 
 async def read_json(request: Request, kind: type[Body]) -> Body:
-    """The body as `kind`; unknown fields are ignored, as old clients expect.
+    """Return the body as `kind`; unknown fields are ignored, as old clients expect.
 
     :raises UnsupportedMediaType, MalformedRequest, InvalidRequest:
     """
@@ -41,7 +41,7 @@ async def read_json(request: Request, kind: type[Body]) -> Body:
 
 
 async def read_form(request: Request, *required: str) -> dict[str, str]:
-    """The fields of an urlencoded form. An empty value counts as missing (RFC 6749, 3.1).
+    """Return the fields of an urlencoded form. An empty value counts as missing (RFC 6749, 3.1).
 
     :raises UnsupportedMediaType, RequestEntityTooLarge, MalformedRequest, InvalidRequest: the last also for a field
         given twice.

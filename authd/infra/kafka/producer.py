@@ -105,7 +105,7 @@ class Producer:
 
     @property
     def connected(self) -> bool:
-        """Whether a producer is started. A broker that went away since is noticed by the next `send`."""
+        """Return whether a producer is started. A broker that went away since is noticed by the next `send`."""
         return self._connection is not None
 
     async def wait_connected(self) -> None:
@@ -362,5 +362,5 @@ def _options(settings: KafkaSettings) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """The error's name for the log, without its text, which may hold what was sent."""
+    """Return the error's name for the log, without its text, which may hold what was sent."""
     return type(error).__name__

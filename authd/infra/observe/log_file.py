@@ -125,7 +125,7 @@ class LogFile(logging.Handler):
                     _log.warning("log_file_dropped", file=one.path.name)
 
     def _rotated(self) -> list["_Rotated"]:
-        """The rotated files, oldest first."""
+        """Return the rotated files, oldest first."""
         found = []
         for path in self._file.parent.iterdir():
             if (name := self._rotated_name.fullmatch(path.name)) is None:

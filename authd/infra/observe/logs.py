@@ -143,7 +143,9 @@ def start_logs(settings: Settings, worker: int | None = 0) -> None:
 
 
 def log_request(line: RequestLine, level: int) -> None:
-    """Not by structlog, whose chain costs a request several times as much as the line itself."""
+    """Log the line of a request, without structlog, whose chain costs a request several times as much as the line
+    itself.
+    """
     if _writer is not None and level >= _level:
         line.level = logging.getLevelName(level).lower()
         line.timestamp = datetime.now(UTC).isoformat().replace("+00:00", "Z")

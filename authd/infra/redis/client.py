@@ -136,11 +136,11 @@ class RedisClient:
 
     @property
     def eviction_policies(self) -> set[str]:
-        """What the servers that were met do when they have no memory left: `noeviction`, if all is well."""
+        """Return what the servers that were met do when they have no memory left: `noeviction`, if all is well."""
         return set(self._servers.eviction_policies.values())
 
     def key(self, bucket: int, name: str) -> str:
-        """A key in the bucket's slot."""
+        """Return a key in the bucket's slot."""
         return f"{self._prefix}{{{bucket}}}:{name}"
 
     def script(self, package: str, name: str) -> AsyncScript:
@@ -192,8 +192,8 @@ class RedisClient:
         return int(seconds) + int(micros) / 1_000_000
 
     async def _call(self, key: str, call: Awaitable[T]) -> T:
-        """The result of one call, under a deadline and the breaker of the key's part, of which not the context manager
-        is used: this is in the way of every request.
+        """Return the result of one call, under a deadline and the breaker of the key's part, of which not the context
+        manager is used: this is in the way of every request.
         """
         breaker = self._breaker(key)
         try:
@@ -309,7 +309,7 @@ def _make_client(settings: Settings, servers: Servers) -> Redis | RedisCluster:
 
 
 def _make_sentinel_client(url: str, nodes: Sequence[str], service: str, limits: dict[str, Any]) -> Redis:
-    """The master's address is asked for at each new connection: a failover needs no restart."""
+    """Return a client that asks for the master's address at each new connection: a failover needs no restart."""
     options = {name: value for name, value in parse_url(url).items() if name not in ("host", "port")}
     options["ssl"] = options.pop("connection_class", None) is not None
     # A sentinel that is unavailable leaves time to ask each of the others and to reach the master.

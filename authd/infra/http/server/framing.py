@@ -45,12 +45,12 @@ class Framing:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the present request has been taken as a whole."""
+        """Return whether the present request has been taken as a whole."""
         return self._part is None
 
     @property
     def has_more(self) -> bool:
-        """Whether bytes of a later request, or stray ones, have arrived behind the present request."""
+        """Return whether bytes of a later request, or stray ones, have arrived behind the present request."""
         return self.is_complete and bool(self._bytes)
 
     def add(self, data: bytes) -> None:

@@ -66,12 +66,12 @@ class Http1(H11Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """No request has begun, or none beyond a part of its header."""
+        """Return whether no request has begun, or none beyond a part of its header."""
         return self.connection.their_state is h11.IDLE
 
     @property
     def is_owed(self) -> bool:
-        """The client still has to send something before it can be answered."""
+        """Return whether the client still has to send something before it can be answered."""
         return self.connection.their_state in (h11.IDLE, h11.SEND_BODY)
 
     async def handle(self, event: Event) -> None:
@@ -104,7 +104,7 @@ class Http1(H11Protocol):
                 await asyncio.sleep(0)
 
     async def _handle_event(self, event: Any) -> bool:
-        """Whether the parser may have more: to ask it in vain costs as much as any event."""
+        """Return whether the parser may have more: to ask it in vain costs as much as any event."""
         if isinstance(event, h11.Request):
             await self.send(Updated(idle=False))
             length = _body_length(event)
@@ -230,7 +230,7 @@ class Http1(H11Protocol):
 
 
 def _body_length(request: h11.Request) -> int | None:
-    """The bytes of the body by `Content-Length`; None for chunks."""
+    """Return the bytes of the body by `Content-Length`; None for chunks."""
     for name, value in request.headers.raw_items():
         name = name.lower()
         if name == b"content-length":
@@ -241,7 +241,7 @@ def _body_length(request: h11.Request) -> int | None:
 
 
 def _plain(request: h11.Request) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """The request's headers without an upgrade, and its target in origin form (RFC 9112, 3.2.2)."""
+    """Return the request's headers without an upgrade, and its target in origin form (RFC 9112, 3.2.2)."""
     headers = [(name.lower(), value) for name, value in request.headers.raw_items() if name.lower() != b"upgrade"]
     target = bytes(request.target)
     if not target.startswith(b"/"):

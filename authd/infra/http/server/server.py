@@ -132,7 +132,7 @@ class HttpServer:
             self._forget(connection)
 
     def wait_for_client(self, connection: "_Connection") -> None:
-        """The connection is the newest of those that wait for their client."""
+        """Note that the connection is the newest of those that wait for their client."""
         self._waiting.pop(connection, None)
         self._waiting[connection] = self.now()
 
@@ -345,7 +345,7 @@ class _Refusal(asyncio.Protocol):
 
 class _Config(Config):
     def response_headers(self, protocol: str) -> list[tuple[bytes, bytes]]:
-        """What stands in every answer besides the application's."""
+        """Return what stands in every answer besides the application's."""
         return [*SECURITY_HEADERS, (b"date", _date(int(time.time())))]
 
 
