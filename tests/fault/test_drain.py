@@ -16,7 +16,8 @@ import psutil
 import pytest
 from support.faults import TIMEOUTS, Parts, away
 from support.kafka import events_in, topics
-from support.process import Api, Secrets, ServiceProcess, eventually
+from support.process import Api, Secrets, ServiceProcess
+from support.waiting import eventually
 
 from authd.embedded import KafkaBroker
 from authd.embedded.processes import free_port, guarded

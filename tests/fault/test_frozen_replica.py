@@ -14,7 +14,8 @@ import psutil
 import pytest
 from support.faults import Parts, assert_dead, away, retried, until_ready
 from support.kafka import create_topics, events_in, topics, until_outbox_is_empty
-from support.process import ServiceProcess, eventually
+from support.process import ServiceProcess
+from support.waiting import eventually
 
 from authd.embedded import KafkaBroker
 from authd.events.publisher import LANE_SEND_S, SWEEP_S

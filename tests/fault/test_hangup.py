@@ -18,8 +18,9 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 from support.faults import Parts, assert_alive, assert_dead, retried
-from support.process import Account, Api, ServiceProcess, eventually
+from support.process import Account, Api, ServiceProcess
 from support.proxy import Direction, Proxy, proxied
+from support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(120)
 

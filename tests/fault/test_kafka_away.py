@@ -18,8 +18,9 @@ from support.kafka import (
     topics,
     until_outbox_is_empty,
 )
-from support.process import Api, ServiceProcess, eventually
+from support.process import Api, ServiceProcess
 from support.stores import require_kafka
+from support.waiting import eventually
 
 from authd.embedded import KafkaBroker, fetch_libs
 

@@ -26,7 +26,8 @@ from support.faults import (
     until_ready,
     until_unready,
 )
-from support.process import Api, ServiceProcess, assert_problem, eventually
+from support.process import Api, ServiceProcess, assert_problem
+from support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(120)
 

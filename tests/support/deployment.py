@@ -18,6 +18,8 @@ from blockbuster import BlockBuster
 from redis.asyncio import Redis, RedisCluster
 from redis.commands.core import AsyncScript
 from support.lock_order import watch_lock_order
+from support.settings import settings_over
+from support.waiting import eventually
 
 from authd.assembly.postgres import PostgresStores
 from authd.assembly.redis import RedisStores
@@ -25,6 +27,7 @@ from authd.assembly.services import Services
 from authd.config import BUCKETS, Secret, Settings
 from authd.embedded import PostgresServer
 from authd.errors import RefreshRefused, Refusal, Unavailable, UserDisabled
+from authd.events.contract import EndingReason
 from authd.infra.caller import Caller
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.postgres.migrate import migrate
@@ -131,7 +134,7 @@ class Replica:
             return refusal.code
         return "ok"
 
-    async def end_all(self, user: User, reason: str = "logout") -> None:
+    async def end_all(self, user: User, reason: EndingReason = "logout") -> None:
         """What every ending of all sessions does, with no session needed to ask for it."""
         row = await self.endings.end_all(user.subject, reason)
         assert row is not None
@@ -189,7 +192,7 @@ class World(Replica):
         async def is_past() -> bool:
             return await self.now_ms() > time_ms
 
-        await until(is_past)
+        await eventually(is_past)
 
     async def until_grace_is_over(self, pair: TokenPair) -> None:
         await self.until_ms(self.token(pair).issued_ms + self.settings.refresh_grace_s * 1000)
@@ -205,7 +208,8 @@ class World(Replica):
 
     async def values(self, user_id: int) -> dict[bytes, bytes]:
         """The user's sessions and tombstones, packed."""
-        return {k: v for k, v in (await self.raw.hgetall(self.hash_key(user_id))).items() if k != b"e"}
+        fields: dict[Any, Any] = await self.raw.hgetall(self.hash_key(user_id))
+        return {k: v for k, v in fields.items() if k != b"e"}
 
     async def live(self, user_id: int) -> dict[bytes, bytes]:
         return {k: v for k, v in (await self.values(user_id)).items() if v[0] == LIVE}
@@ -235,7 +239,7 @@ class World(Replica):
                 rows = await self.rows(user_id)
             return len(rows) >= count
 
-        await until(are_there)
+        await eventually(are_there)
         return rows
 
     async def keys(self) -> list[str]:
@@ -251,6 +255,7 @@ class World(Replica):
         """Every key with its value and the time it expires at."""
         found: dict[str, tuple[bytes | dict[bytes, bytes], int]] = {}
         for key in await self.keys():
+            value: Any
             match await self.raw.type(key):
                 case b"hash":
                     value = await self.raw.hgetall(key)
@@ -267,12 +272,6 @@ def owner(user: User) -> Owner:
 
 
 MakeWorld = Callable[..., Awaitable[World]]
-
-
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    with anyio.fail_after(PATIENCE_S):
-        while not await condition():  # noqa: ASYNC110
-            await anyio.sleep(0.005)
 
 
 async def answers(ask: Callable[[], Awaitable[object]]) -> bool:
@@ -348,22 +347,16 @@ def client_url(url: str) -> str:
 
 @asynccontextmanager
 async def open_world(database_url: str, redis_url: str, guard: BlockBuster, **changes: Any) -> AsyncIterator[World]:
-    settings = Settings(
-        **{
-            "database_url": Secret(database_url),
-            "redis_url": Secret(redis_url),
-            "secret": Secret("s" * 32),
-            "deployment": f"t-{secrets.token_hex(8)}",
-            "jwt_algorithm": "HS256",
-            "jwt_secret": JWT_SECRET,
-            "bcrypt_cost": COST,
-            "redis_timeout_s": 10.0,
-            "database_timeout_s": 10.0,
-            "refresh_grace_s": GRACE_S,
-            "max_login_attempts": 1000,
-        }
-        | changes
-    )
+    defaults = {
+        "jwt_algorithm": "HS256",
+        "jwt_secret": JWT_SECRET,
+        "bcrypt_cost": COST,
+        "redis_timeout_s": 10.0,
+        "database_timeout_s": 10.0,
+        "refresh_grace_s": GRACE_S,
+        "max_login_attempts": 1000,
+    }
+    settings = settings_over(database_url, redis_url, **(defaults | changes))
     async with AsyncExitStack() as stack:
         world: World = await stack.enter_async_context(_opened(World, settings, make_ring(), guard))
         world.is_cluster = "," in redis_url

@@ -16,8 +16,9 @@ import asyncpg
 import httpx
 import pytest
 from redis.asyncio import Redis
-from support.process import Api, ServiceProcess, Services, assert_problem, eventually, make_template
+from support.process import Api, ServiceProcess, Services, assert_problem, make_template
 from support.stores import require_kafka
+from support.waiting import eventually
 
 from authd.embedded import KafkaBroker, PostgresServer, RedisServer, fetch_libs
 from authd.embedded.processes import EmbeddedServer
@@ -115,7 +116,7 @@ async def refusing(server: RedisServer) -> AsyncIterator[None]:
     """Redis answers every command with an error: it wants a password that nobody has."""
     async with Redis.from_url(server.url) as client:
         await client.config_set("requirepass", "nobody-knows")
-        await client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        await client.client_kill_filter(_type="normal", skipme=True)
         try:
             yield
         finally:

@@ -12,8 +12,9 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.protocol.admin import CreateAclsRequest, DeleteAclsRequest
 from anyio import to_thread
-from support.process import ServiceProcess, eventually
+from support.process import ServiceProcess
 from support.stores import read_topic
+from support.waiting import eventually
 
 from authd.embedded import KafkaBroker
 

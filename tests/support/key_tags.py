@@ -36,7 +36,7 @@ def tagged_keys(monkeypatch: pytest.MonkeyPatch, own_scripts: set[str]) -> Itera
     run = AsyncScript.__call__
 
     async def checked(self: AsyncScript, keys: Any = None, args: Any = None, client: Any = None) -> Any:
-        text = self.script if isinstance(self.script, str) else self.script.decode()
+        text = self.script if isinstance(self.script, str) else bytes(self.script).decode()
         if text in own_scripts and (found := stray_keys(list(keys))):
             stray.append((text.partition("\n")[0], found))
         return await run(self, keys, args, client)

@@ -111,9 +111,9 @@ async def _within(step: Awaitable[T], left_s: float, limit_s: float, name: str) 
             raise TimeoutError(message) from error
         raise
     except BaseExceptionGroup as group:
-        if (error := _for_the_runner(group)) is group:
+        if (survived := _for_the_runner(group)) is group:
             raise
-        raise error from group
+        raise survived from group
     if limit.expired():
         raise TimeoutError(message)
     return result
@@ -152,7 +152,7 @@ def _end_process(item: pytest.Item, seconds: float) -> None:
     """Name the test, write what it printed and what every thread does, and end the process with code 1."""
     if pytest_timeout.is_debugging():
         return
-    capture = item.config.pluginmanager.get_plugin("capturemanager")
+    capture: Any = item.config.pluginmanager.get_plugin("capturemanager")
     capture.suspend_global_capture(in_=True)
     # To stderr: xdist's workers have no other way to the log.
     sys.stderr.write(f"\nHANGS {item.nodeid}: the process ends after {seconds:g} s.\n")

@@ -12,10 +12,9 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncIterator, Generator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from inspect import isawaitable
 from pathlib import Path
 from subprocess import DEVNULL
 from typing import Any, ClassVar, TypeVar
@@ -29,6 +28,7 @@ import psutil
 import pytest
 from redis.asyncio import Redis
 from support.lock_order import watch_lock_order
+from support.waiting import eventually
 
 from authd.config import parse_settings, read_values
 from authd.embedded import PostgresServer, RedisServer
@@ -52,17 +52,6 @@ TRACEBACK = re.compile(r'Traceback|"exception"\s*:|"event"\s*:\s*"fault"')
 T = TypeVar("T")
 #: A service client's id and secret.
 Credentials = tuple[str, str]
-
-
-async def eventually(look: Callable[[], Awaitable[T] | T], within_s: float = 15.0) -> T:
-    """What `look` returns as soon as that is true; asked again and again until the deadline."""
-    with anyio.fail_after(within_s):
-        while True:
-            found = look()
-            result: Any = await found if isawaitable(found) else found
-            if result:
-                return result
-            await anyio.sleep(POLL_S)
 
 
 class Secrets:

@@ -1,7 +1,7 @@
 """The objects of a replica that carry events, over real stores."""
 
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +11,14 @@ from aiokafka import ConsumerRecord
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from blockbuster import BlockBuster
 from support.deployment import make_ring, unguarded
+from support.settings import settings_over
+from support.waiting import eventually
 
 from authd.assembly.postgres import PostgresStores
 from authd.assembly.redis import RedisStores
 from authd.assembly.services import Intervals, Services
-from authd.config import BUCKETS, Secret, Settings
+from authd.config import BUCKETS, Settings
+from authd.events.contract import EndingReason
 from authd.infra.caller import Caller
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.redis.client import RedisClient, open_redis
@@ -116,13 +119,13 @@ class Node:
             answer = await self.decided.sessions.rotate(token, KEY_ID, CLIENT, 0)
             return getattr(answer, "status", "") in ("reused", "ended")
 
-        await until(is_reused)
+        await eventually(is_reused)
 
     async def end(self, user_id: int, session: LiveSession) -> None:
         await self.remembered.endings.end_sessions(await self.subject(user_id), [session.id], "logout")
         self.offer_lane(user_id % BUCKETS)
 
-    async def end_all(self, user_id: int, reason: str = "logout") -> None:
+    async def end_all(self, user_id: int, reason: EndingReason = "logout") -> None:
         assert await self.remembered.endings.end_all(await self.subject(user_id), reason) is not None
         self.offer_lane(user_id % BUCKETS)
 
@@ -144,42 +147,31 @@ class Node:
         async def is_relayed() -> bool:
             return not await self.decided.streams.filled()
 
-        await until(is_relayed)
+        await eventually(is_relayed)
 
     async def until_published(self) -> None:
         async def is_published() -> bool:
             return (await self.remembered.outbox.backlog()).events == 0
 
-        await until(is_published)
-
-
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    with anyio.fail_after(PATIENCE_S):
-        while not await condition():  # noqa: ASYNC110
-            await anyio.sleep(POLL_S)
+        await eventually(is_published)
 
 
 def make_settings(database_url: str, redis_url: str, brokers: str = "127.0.0.1:1", **changes: Any) -> Settings:
-    """Of a deployment of the test's own. By default its events are promised, and no publisher can send them."""
+    """Of a deployment of the test's own. By default its events are enqueued, and no publisher can send them."""
     name = f"t-{secrets.token_hex(8)}"
-    return Settings(
-        **{
-            "database_url": Secret(database_url),
-            "redis_url": Secret(redis_url),
-            "secret": Secret("s" * 32),
-            "deployment": name,
-            "kafka_bootstrap_servers": (brokers,),
-            "kafka_registration_topic": f"{name}.registrations",
-            "kafka_events_topic": f"{name}.events",
-            "kafka_revocations_topic": f"{name}.revocations",
-            "kafka_timeout_s": 3.0,
-            "redis_timeout_s": 5.0,
-            "database_timeout_s": 5.0,
-            "refresh_grace_s": 0,
-            "max_active_sessions": 3,
-        }
-        | changes
-    )
+    defaults = {
+        "deployment": name,
+        "kafka_bootstrap_servers": (brokers,),
+        "kafka_registration_topic": f"{name}.registrations",
+        "kafka_events_topic": f"{name}.events",
+        "kafka_revocations_topic": f"{name}.revocations",
+        "kafka_timeout_s": 3.0,
+        "redis_timeout_s": 5.0,
+        "database_timeout_s": 5.0,
+        "refresh_grace_s": 0,
+        "max_active_sessions": 3,
+    }
+    return settings_over(database_url, redis_url, **(defaults | changes))
 
 
 @asynccontextmanager

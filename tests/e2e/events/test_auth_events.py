@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from aiokafka import ConsumerRecord
-from support.process import Account, Api, ServiceProcess, Services, eventually, until_published
+from support.process import Account, Api, ServiceProcess, Services, until_published
 from support.stores import read_topic
+from support.waiting import eventually
 
 from authd.embedded import KafkaBroker
 

@@ -11,8 +11,9 @@ import anyio
 import httpx
 import pytest
 from aiokafka import ConsumerRecord
-from support.process import Api, ServiceProcess, Services, eventually, until_published
+from support.process import Api, ServiceProcess, Services, until_published
 from support.stores import read_topic
+from support.waiting import eventually
 
 from authd.embedded import KafkaBroker
 

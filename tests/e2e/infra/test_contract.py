@@ -9,8 +9,9 @@ from typing import Any
 import anyio
 import httpx
 import pytest
-from support.process import Api, ServiceProcess, Services, assert_problem, eventually, until_published
+from support.process import Api, ServiceProcess, Services, assert_problem, until_published
 from support.stores import read_topic
+from support.waiting import eventually
 
 from authd.embedded import KafkaBroker
 

@@ -13,7 +13,8 @@ import anyio
 import httpx
 import pytest
 from anyio.abc import SocketStream
-from support.process import Api, ServiceProcess, Services, eventually
+from support.process import Api, ServiceProcess, Services
+from support.waiting import eventually
 
 WITHIN_S = 10.0
 HEADER_TIMEOUT_S, KEEP_ALIVE_S, REQUEST_TIMEOUT_S = 1, 1.5, 2

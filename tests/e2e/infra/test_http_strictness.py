@@ -9,7 +9,8 @@ from typing import Any
 import anyio
 import httpx
 import pytest
-from support.process import Api, ServiceProcess, Services, assert_problem, eventually, free_port
+from support.process import Api, ServiceProcess, Services, assert_problem, free_port
+from support.waiting import eventually
 
 WITHIN_S = 10.0
 ORIGIN = "https://app.example.com"

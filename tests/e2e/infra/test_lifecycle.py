@@ -13,7 +13,8 @@ import httpx
 import psutil
 import pytest
 from redis.asyncio import Redis
-from support.process import Account, Api, ServiceProcess, Services, assert_problem, eventually
+from support.process import Account, Api, ServiceProcess, Services, assert_problem
+from support.waiting import eventually
 
 from authd.embedded import RedisServer, find_java_and_maven
 from authd.embedded.processes import free_port

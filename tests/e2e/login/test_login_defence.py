@@ -8,7 +8,8 @@ from typing import Any
 import anyio
 import bcrypt
 import pytest
-from support.process import Account, Api, ServiceProcess, Services, assert_problem, eventually
+from support.process import Account, Api, ServiceProcess, Services, assert_problem
+from support.waiting import eventually
 
 WRONG = "a wrong password"
 PAIR_MAX, ACCOUNT_MAX = 5, 8

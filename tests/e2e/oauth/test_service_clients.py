@@ -10,7 +10,8 @@ import httpx
 import jwt
 import pytest
 from authlib.oauth2.rfc8414 import AuthorizationServerMetadata
-from support.process import Account, Api, Credentials, ServiceProcess, Services, assert_problem, eventually
+from support.process import Account, Api, Credentials, ServiceProcess, Services, assert_problem
+from support.waiting import eventually
 
 from authd.embedded import PostgresServer, RedisServer
 from authd.oauth.clients import FRESH_S

@@ -11,7 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
-from support.process import Account, Api, Credentials, ServiceProcess, Services, assert_problem, eventually
+from support.process import Account, Api, Credentials, ServiceProcess, Services, assert_problem
+from support.waiting import eventually
 
 FIELDS = {
     "id": str,

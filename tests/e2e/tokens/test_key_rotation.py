@@ -11,7 +11,8 @@ import httpx
 import jwt
 import pytest
 from anyio import to_thread
-from support.process import Api, ServiceProcess, Services, eventually
+from support.process import Api, ServiceProcess, Services
+from support.waiting import eventually
 
 from authd.embedded.processes import free_port
 

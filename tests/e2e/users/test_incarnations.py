@@ -9,7 +9,8 @@ from typing import Any
 import jwt
 import pytest
 from anyio import to_thread
-from support.process import Account, Api, ServiceProcess, Services, assert_problem, eventually
+from support.process import Account, Api, ServiceProcess, Services, assert_problem
+from support.waiting import eventually
 
 #: So few failures lock an account for everybody but its own devices.
 ATTEMPTS = 3

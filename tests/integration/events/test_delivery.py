@@ -12,6 +12,7 @@ from blockbuster import BlockBuster
 from prometheus_client import REGISTRY
 from support.relaying import create_topics
 from support.stores import read_topic
+from support.waiting import eventually
 
 from authd.assembly.postgres import PostgresStores
 from authd.config import BUCKETS, ConfigError, Settings, parse_settings
@@ -168,12 +169,12 @@ async def test_every_event_arrives_in_order_over_a_fault_of_the_broker(
     async with publisher(impatient) as one, publisher(impatient) as other, anyio.create_task_group() as group:
         for user in users:
             group.start_soon(commit, user, one, other)
-        await until(lambda: min(counts.values()) >= 5)
+        await eventually(lambda: min(counts.values()) >= 5)
         await getattr(kafka_broker, fault)()
         await anyio.sleep(3 * IMPATIENCE_S)
         await back(kafka_broker)
         after = min(counts.values())
-        await until(lambda: min(counts.values()) >= after + 5)
+        await eventually(lambda: min(counts.values()) >= after + 5)
         is_over.set()
         await until_waiting(database, 0)
     assert await first_deliveries(impatient) == {user: list(range(count)) for user, count in counts.items()}
@@ -192,7 +193,7 @@ async def test_a_row_leaves_the_outbox_only_when_acknowledged(
         failures = failed("broker_away")
         await add(database, 1, 1)
         publishing.offer(1)
-        await until(lambda: failed("broker_away") > failures)
+        await eventually(lambda: failed("broker_away") > failures)
         assert (await Outbox(database).backlog()).events == 1
         await kafka_broker.resume()
         await until_waiting(database, 0)
@@ -210,7 +211,7 @@ async def test_postgres_away_loses_nothing(
         await (postgres_server.kill() if is_killed else postgres_server.pause())
         failures = failed("postgres_away")
         publishing.offer(0)
-        await until(lambda: failed("postgres_away") > failures)
+        await eventually(lambda: failed("postgres_away") > failures)
         await back(postgres_server)
         await until_waiting(database, 0)
     assert await first_deliveries(impatient) == {user: [0] for user in range(5)}
@@ -400,13 +401,8 @@ async def back(server: PostgresServer | KafkaBroker) -> None:
         await server.start()
 
 
-async def until(is_so: Callable[[], bool]) -> None:
-    with anyio.fail_after(ARRIVE_S):
-        while not is_so():  # noqa: ASYNC110
-            await anyio.sleep(POLL_S)
-
-
 async def until_waiting(database: Database, events: int) -> None:
-    with anyio.fail_after(ARRIVE_S):
-        while (await Outbox(database).backlog()).events != events:  # noqa: ASYNC110
-            await anyio.sleep(POLL_S)
+    async def are_waiting() -> bool:
+        return (await Outbox(database).backlog()).events == events
+
+    await eventually(are_waiting)

@@ -7,8 +7,9 @@ from typing import Any
 import anyio
 import pytest
 from blockbuster import BlockBuster
-from support.relaying import header, make_settings, open_node, until
+from support.relaying import header, make_settings, open_node
 from support.stores import read_topic
+from support.waiting import eventually
 
 from authd.embedded import KafkaBroker, RedisServer
 
@@ -37,9 +38,9 @@ async def test_each_users_first_deliveries_are_in_commit_order_while_the_broker_
         async with anyio.create_task_group() as group:
             for _ in range(users):
                 group.start_soon(change, await one.register())
-            await until(lambda: is_at_least(lambda: done, users * changes // 4))
+            await eventually(lambda: is_at_least(lambda: done, users * changes // 4))
             await kafka_broker.stop()
-            await until(lambda: is_at_least(lambda: done, users * changes // 2))
+            await eventually(lambda: is_at_least(lambda: done, users * changes // 2))
             await kafka_broker.start()
         await one.until_published()
     told = first_deliveries(await read_topic(settings.kafka_bootstrap_servers[0], settings.kafka_events_topic))

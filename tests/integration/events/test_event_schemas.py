@@ -12,8 +12,9 @@ import pytest
 from aiokafka import ConsumerRecord
 from blockbuster import BlockBuster
 from support.paths import ROOT
-from support.relaying import CLIENT, Node, header, make_settings, open_node, until
+from support.relaying import CLIENT, Node, header, make_settings, open_node
 from support.stores import read_topic
+from support.waiting import eventually
 
 from authd.config import Settings
 from authd.embedded import KafkaBroker, RedisServer
@@ -138,7 +139,7 @@ async def make_every_event(node: Node) -> tuple[int, set[str]]:
     async def are_logged() -> bool:
         return len(await node.ended(user)) == len(sids) + 3
 
-    await until(are_logged)
+    await eventually(are_logged)
     await node.database.fetch("UPDATE revocations SET announced_until = now() - interval '2 minutes'")
     return user, sids
 

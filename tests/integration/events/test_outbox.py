@@ -5,7 +5,7 @@ from datetime import timedelta
 import anyio
 import pytest
 from blockbuster import BlockBuster
-from support.process import eventually
+from support.waiting import eventually
 
 from authd.config import BUCKETS, Settings, parse_settings
 from authd.embedded import PostgresServer

@@ -8,8 +8,9 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from blockbuster import BlockBuster
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
-from support.relaying import Node, admin_of, create_topics, header, make_settings, open_node, until
+from support.relaying import Node, admin_of, create_topics, header, make_settings, open_node
 from support.stores import read_topic
+from support.waiting import eventually
 
 from authd.cli.outbox import drop_outbox, list_outbox, retry_outbox
 from authd.config import BUCKETS, Settings
@@ -88,7 +89,7 @@ async def test_until_it_is_set_aside_its_users_later_events_wait_and_others_do_n
             await add(node, POISONED, number)
         for number in range(20):
             await add(node, OTHER, number)
-        await until(lambda: has_backlog(node, LANE_ROWS + 49))
+        await eventually(lambda: has_backlog(node, LANE_ROWS + 49))
         [row] = await node.database.fetch("SELECT attempts, parked_at FROM outbox WHERE attempts > 0")
         assert (row["attempts"], row["parked_at"]) == (1, None)
     assert await numbers(poisoned) == {POISONED: [0], OTHER: list(range(20))}
@@ -99,18 +100,18 @@ async def test_what_was_set_aside_is_sent_after_the_topic_was_mended(
 ) -> None:
     async with open_node(poisoned, no_blocking, relays=False, publishes=True, **QUICK) as node:
         rows = [(await add(node, user, 1, SECRET_TEXT))[0] for user in (POISONED, OTHER)]
-        await until(lambda: has_parked(node, 2))
+        await eventually(lambda: has_parked(node, 2))
         assert await retry_outbox(poisoned, [rows[0], 2**62]) == 1
         told = capsys.readouterr()
         assert f"{rows[0]}  waits for the broker again" in told.out.splitlines()
         assert told.err == f"authd: Not parked: {2**62}.\n"
-        await until(lambda: has_parked(node, 2))  # refused and parked again
+        await eventually(lambda: has_parked(node, 2))  # refused and parked again
         async with admin_of(poisoned) as admin:
             limit = {"max.message.bytes": "20000"}
             topic = ConfigResource(ConfigResourceType.TOPIC, poisoned.kafka_events_topic, limit)
             await admin.alter_configs([topic])
         assert await retry_outbox(poisoned, None) == 0
-        await until(lambda: has_parked(node, 0))
+        await eventually(lambda: has_parked(node, 0))
         await node.until_published()
     assert await numbers(poisoned) == {POISONED: [1], OTHER: [1]}
 

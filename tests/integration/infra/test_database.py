@@ -11,7 +11,8 @@ import anyio
 import asyncpg
 import pytest
 from blockbuster import BlockBuster
-from support.deployment import MakeWorld, unguarded, until
+from support.deployment import MakeWorld, unguarded
+from support.waiting import eventually
 
 import authd
 from authd.config import Secret, Settings
@@ -196,7 +197,7 @@ async def test_with_a_buckets_head_held_its_logouts_are_busy_and_everybody_else_
             async def one_waits_for_the_lock() -> bool:
                 return bool(await waiting_for_locks(operator))
 
-            await until(one_waits_for_the_lock)
+            await eventually(one_waits_for_the_lock)
             while len(outcomes) < 10:
                 assert await waiting_for_locks(operator) <= 1
                 assert await world.users.find(*other.subject) is not None
@@ -254,7 +255,7 @@ async def test_a_connection_that_is_lost_inside_a_transaction_is_unavailable(
                     except asyncpg.InterfaceError:
                         return True
 
-                await until(is_noticed)
+                await eventually(is_noticed)
                 await connection.fetch("SELECT")
         assert not refused.value.is_busy
     assert is_open(database)
@@ -296,7 +297,7 @@ async def test_a_migrator_waits_for_another_one_for_longer_than_for_a_lock(
                     )
                 )
 
-            await until(waits)
+            await eventually(waits)
             assert not done
             await operator.execute("SELECT pg_advisory_unlock($1)", ADVISORY_LOCK)
     assert done == [[]]

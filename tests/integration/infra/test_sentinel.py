@@ -25,7 +25,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 from redis.asyncio import Redis
-from support.deployment import CLIENT, unguarded, until
+from support.deployment import CLIENT, unguarded
+from support.waiting import eventually
 
 from authd.config import Secret, Settings
 from authd.embedded import RedisServer
@@ -125,7 +126,7 @@ async def watched(servers: Watched) -> Watched:
     """The servers, whichever is the master now, when all is well with them."""
     if await role(servers.master) != "master":
         servers.master, servers.replica = servers.replica, servers.master
-    await until(servers.is_whole)
+    await eventually(servers.is_whole)
     return servers
 
 
@@ -202,10 +203,10 @@ async def test_a_master_that_steps_down_is_left_for_the_next(
     async def is_promoted() -> bool:
         return await role(watched.replica) == "master"
 
-    await until(is_promoted)
+    await eventually(is_promoted)
     # What Sentinel does too, some seconds later, and then it closes the connections, which is the easier case.
     await ask(watched.master, "REPLICAOF", "127.0.0.1", str(watched.replica.port))
-    await until(replica.can_open)
+    await eventually(replica.can_open)
     assert await replica.is_live(session_id)
     await until_nothing_fails(replica)
 
@@ -221,7 +222,7 @@ async def test_a_lost_master_is_followed_to_the_next_without_a_restart(
         await replica.is_live(session_id)
     with anyio.fail_after(IN_TIME_S), suppress(Unavailable):  # no wait for a master that is not there yet
         await replica.open()
-    await until(replica.can_open)
+    await eventually(replica.can_open)
     assert await role(watched.replica) == "master"
     assert await replica.is_live(session_id)
     await watched.master.start()
@@ -235,7 +236,7 @@ async def until_nothing_fails(replica: Replica) -> None:
     async def do_all_open() -> bool:
         return [await replica.can_open() for _ in range(20)] == [True] * 20
 
-    await until(do_all_open)
+    await eventually(do_all_open)
 
 
 async def test_sentinels_that_are_away_leave_time_to_ask_the_next(
@@ -413,7 +414,7 @@ async def test_a_rediss_url_of_sentinels_speaks_tls_to_them_and_to_the_master(
     nodes = ",".join(f"127.0.0.1:{proxy.port}" for proxy in sentinels)
     url = f"rediss+sentinel://{nodes}/{SERVICE}?ssl_ca_certs="
     replica = await connect(stack, url + str(certificates.ca), no_blocking)
-    await until(replica.can_open)
+    await eventually(replica.can_open)
     assert await replica.is_live(await replica.open())
     # A sentinel that is slow once gives way to the next.
     assert (master.handshakes > 0, any(proxy.handshakes for proxy in sentinels)) == (True, True)

@@ -14,7 +14,8 @@ import anyio
 import bcrypt
 import pytest
 from blockbuster import BlockBuster
-from support.deployment import make_ring, unguarded, until
+from support.deployment import make_ring, unguarded
+from support.waiting import eventually
 
 from authd.assembly.postgres import PostgresStores
 from authd.assembly.redis import RedisStores
@@ -253,7 +254,7 @@ async def test_a_guesser_who_hangs_up_is_counted(make: Make, monkeypatch: pytest
 
     guesses = [asyncio.ensure_future(defence.outcome(user.username)) for _ in range(2)]
     for _ in guesses:
-        await until(is_inside)
+        await eventually(is_inside)
     for guess in guesses:
         guess.cancel()  # natively, as Quart does
         with pytest.raises(asyncio.CancelledError):
@@ -408,7 +409,7 @@ async def test_a_device_is_counted_under_itself_alone(make: Make) -> None:
         return await defence.outcome(user.username, PASSWORD, HOME, token) == "ok"
 
     assert not await is_open()
-    await until(is_open)
+    await eventually(is_open)
 
 
 # The same work
@@ -481,7 +482,7 @@ async def test_the_window_of_registrations_begins_with_the_first_and_ends(make: 
         outcomes[await defence.register()] += 1
         return outcomes["ok"] >= 5
 
-    await until(has_opened_again)
+    await eventually(has_opened_again)
     assert outcomes["registration_limited"] > 0
 
 

@@ -15,6 +15,7 @@ import anyio
 import pytest
 from redis.asyncio import Redis, RedisCluster
 from support.deployment import answers, open_raw
+from support.waiting import eventually
 
 from authd.config import Secret, Settings
 from authd.embedded import RedisServer
@@ -91,12 +92,6 @@ async def succeed(throttle: Throttle, address: str = ADDRESS, account: str = ACC
     assert await throttle.settle(attempt, SUCCEEDED) == ()
 
 
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    with anyio.fail_after(PATIENCE_S):
-        while not await condition():  # noqa: ASYNC110
-            await anyio.sleep(0.002)
-
-
 async def state(raw: Redis | RedisCluster, deployment: str) -> dict[bytes, dict[bytes, bytes]]:
     """Every key of the test, with its fields."""
     keys = [key async for key in raw.scan_iter(match=f"authd:{deployment}:*", count=1000)]
@@ -127,7 +122,7 @@ async def test_the_limits_failure_locks_for_a_fixed_time(
         assert isinstance(await throttle.reserve(ADDRESS, ACCOUNT), Locked)
     assert await pair_state(raw, deployment) == locked
 
-    await until(partial(is_open, throttle))
+    await eventually(partial(is_open, throttle))
     # It opens at the end that was set, by Redis's clock, and the count starts anew.
     seconds, micros = await raw.time()
     assert int(locked[b"until"]) <= seconds * 1000 + micros / 1000
@@ -154,7 +149,7 @@ async def test_failures_expire_after_the_last_one(client: RedisClient, make_sett
     for _ in range(3):
         assert await fail(throttle) == ()
         peek = throttle_of(client, make_settings(max_login_attempts=1, lockout_s=1))
-        await until(partial(is_open, peek))
+        await eventually(partial(is_open, peek))
 
 
 async def is_open(throttle: Throttle) -> bool:
@@ -192,7 +187,7 @@ async def test_a_dead_replicas_reservations_expire_and_count_nothing(
     async def nothing_left() -> bool:
         return await state(raw, deployment) == {}
 
-    await until(nothing_left)
+    await eventually(nothing_left)
     # It was not dead after all: what it settles now has no reservation to settle.
     for attempt in lost:
         assert isinstance(attempt, Reserved)
@@ -214,7 +209,7 @@ async def test_an_expired_reservation_gives_way_while_others_live(
         answers.append(await throttle.reserve(ADDRESS, ACCOUNT))
         return isinstance(answers[-1], Reserved)
 
-    await until(reserved)
+    await eventually(reserved)
     assert all(answer == Wait() for answer in answers[:-1])
     # Its field is gone too.
     assert len([name for name in await pair_state(raw, deployment) if name.startswith(b"r:")]) == 2
@@ -372,12 +367,12 @@ async def test_no_lock_holds_for_longer_than_its_setting_when_redis_is_set_back(
     locked = await pair_state(raw, deployment)
     await throttle.locked_s(ADDRESS, ACCOUNT)
     assert await pair_state(raw, deployment) == locked
-    await until(partial(is_open, throttle))
+    await eventually(partial(is_open, throttle))
 
     async def pair_is_gone() -> bool:
         return not [key for key in await state(raw, deployment) if b":pair:" in key]
 
-    await until(pair_is_gone)
+    await eventually(pair_is_gone)
 
 
 async def test_failures_count_for_no_longer_than_their_setting_when_redis_is_set_back(
@@ -417,7 +412,7 @@ async def test_a_reservation_lives_no_longer_than_its_time_when_redis_is_set_bac
     async def is_free() -> bool:
         return isinstance(await throttle.reserve(ADDRESS, ACCOUNT), Reserved)
 
-    await until(is_free)
+    await eventually(is_free)
 
 
 # Scripts that run twice, or never
@@ -618,9 +613,9 @@ async def test_guessers_who_hang_up_are_counted(make_settings: Callable[..., Set
 
         for number in range(1, 16):
             guess = asyncio.ensure_future(replica.login("wrong horse"))
-            await until(partial(is_hashing, number))
+            await eventually(partial(is_hashing, number))
             guess.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await guess
-        await until(is_locked)
+        await eventually(is_locked)
         assert await replica.login(PASSWORD) == "locked"

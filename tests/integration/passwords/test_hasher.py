@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from anyio import Event, to_thread
 from anyio.lowlevel import checkpoint
+from support.waiting import eventually
 
 from authd.config import Settings
 from authd.errors import Unavailable
@@ -109,12 +110,6 @@ class Steps:
         )
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    with anyio.fail_after(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110
-            await anyio.sleep(0.002)
-
-
 async def verify(hasher: Hasher, password: str, stored: str | None) -> bool | None:
     work = partial(verify_password, password, stored, COST)
     return await hasher.run_job(Job(effort=effort_to_verify(stored, COST), work=work, settle=_done))
@@ -168,7 +163,7 @@ async def test_hang_ups_neither_stop_a_running_hash_nor_free_its_thread() -> Non
     async with running(threads=2) as hasher:
         for _ in range(5):
             requests = [asyncio.ensure_future(hasher.run_job(steps.job(gate.work))) for _ in range(4)]
-            await until(lambda: gate.inside == 2)
+            await eventually(lambda: gate.inside == 2)
             for request in requests:
                 await hang_up(request)
         assert gate.finished == 0
@@ -179,7 +174,7 @@ async def test_hang_ups_neither_stop_a_running_hash_nor_free_its_thread() -> Non
         assert await late == "hashed"
         assert gate.inside_max == 2
         # The two that ran are settled with their result; the eighteen that waited were never admitted.
-        await until(lambda: len(steps.settled) == 2)
+        await eventually(lambda: len(steps.settled) == 2)
         assert steps.settled == ["hashed", "hashed"]
         assert steps.admitted == 2
 
@@ -188,10 +183,10 @@ async def test_a_waiting_job_whose_asker_left_frees_its_place() -> None:
     gate = Gate()
     async with running(threads=1, queue_max=2) as hasher:
         running_job = asyncio.ensure_future(hasher.run_job(Steps().job(gate.work)))
-        await until(lambda: gate.inside == 1)
+        await eventually(lambda: gate.inside == 1)
         before = waiting()
         waiters = [asyncio.ensure_future(hasher.run_job(Steps().job(gate.work))) for _ in range(2)]
-        await until(lambda: waiting() == before + 2)
+        await eventually(lambda: waiting() == before + 2)
         await refused(ask(hasher, Steps().job(gate.work)))
         await hang_up(waiters[0])
         waiters.append(asyncio.ensure_future(hasher.run_job(Steps().job(gate.work))))
@@ -215,7 +210,7 @@ async def test_an_asker_who_leaves_during_admission_is_not_hashed_but_settled() 
         await reserving.wait()
         await hang_up(request)
         go.set()
-        await until(lambda: steps.settled == [None])
+        await eventually(lambda: steps.settled == [None])
         assert gate.finished == 0
 
 
@@ -223,11 +218,11 @@ async def test_a_full_queue_refuses_at_once() -> None:
     gate = Gate()
     async with running(threads=1, queue_max=3) as hasher, anyio.create_task_group() as requests:
         requests.start_soon(ask, hasher, Steps().job(gate.work))
-        await until(lambda: gate.inside == 1)
+        await eventually(lambda: gate.inside == 1)
         before, empty = refusals("full"), waiting()
         for _ in range(3):
             requests.start_soon(ask, hasher, Steps().job(gate.work))
-        await until(lambda: waiting() == empty + 3)
+        await eventually(lambda: waiting() == empty + 3)
         steps = Steps()
         await refused(ask(hasher, steps.job(gate.work)))
         assert refusals("full") == before + 1
@@ -242,7 +237,7 @@ async def flooded(hasher: Hasher, floods: list["Job[str, str | None]"], threads:
     async with anyio.create_task_group() as requests:
         for _ in range(threads):
             requests.start_soon(ask, hasher, Steps().job(gate.work, address=ATTACKER))
-        await until(lambda: gate.inside == threads)
+        await eventually(lambda: gate.inside == threads)
         asked = 0
 
         async def flood(job: "Job[str, str | None]") -> None:
@@ -253,7 +248,7 @@ async def flooded(hasher: Hasher, floods: list["Job[str, str | None]"], threads:
 
         for job in floods:
             requests.start_soon(flood, job)
-        await until(lambda: asked == len(floods))
+        await eventually(lambda: asked == len(floods))
         try:
             yield gate
         finally:
@@ -352,7 +347,7 @@ async def test_a_full_queue_gives_a_newcomer_the_place_of_who_holds_most() -> No
             await refused(ask(hasher, order.job("flood", address=ATTACKER, account="another")))
             assert (refusals("displaced"), refusals("full")) == (displaced, full + 1)
             victim = asyncio.ensure_future(ask(hasher, order.job("victim", address=VICTIM)))
-            await until(lambda: refusals("displaced") == displaced + 1)
+            await eventually(lambda: refusals("displaced") == displaced + 1)
             assert waiting() == before + 8
             gate.opened.set()
             assert await victim == "victim"
@@ -383,7 +378,7 @@ async def test_known_devices_are_served_three_times_for_each_other() -> None:
     floods = [order.job(name, is_known=name == "known") for name in ["other"] * 20 + ["known"] * 30]
     async with running(threads=1) as hasher, flooded(hasher, floods) as gate:
         gate.opened.set()
-        await until(lambda: len(order.names) == 50)
+        await eventually(lambda: len(order.names) == 50)
     for number in range(1, 41):
         assert abs(order.names[:number].count("known") - 0.75 * number) <= 1
 
@@ -403,11 +398,11 @@ async def test_a_known_device_is_not_refused_for_the_work_that_it_passes() -> No
     gate = Gate()
     async with running(threads=1, deadline_s=100.0) as hasher, anyio.create_task_group() as requests:
         requests.start_soon(ask, hasher, Steps().job(gate.work))
-        await until(lambda: gate.inside == 1)
+        await eventually(lambda: gate.inside == 1)
         before = waiting()
         for _ in range(30):
             requests.start_soon(ask, hasher, Steps().job(gate.work))
-        await until(lambda: waiting() == before + 30)
+        await eventually(lambda: waiting() == before + 30)
         one_s = hasher._times.of(EFFORT)
         # One of the thirty may be served before the first of the known, beside the one that runs.
         assert hasher._wait_s(Steps().job(gate.work, is_known=True)) <= 2.01 * one_s
@@ -423,7 +418,7 @@ async def test_a_wait_beyond_the_deadline_is_refused_before_any_hashing() -> Non
         for one in stored * 3:
             assert await verify(hasher, "x", one)
         requests.start_soon(ask, hasher, Steps().job(gate.work))
-        await until(lambda: gate.inside == 1)
+        await eventually(lambda: gate.inside == 1)
         # An imported hash of a cost nobody has seen yet: minutes of work.
         requests.start_soon(
             expect_unavailable, partial(ask, hasher, Steps().job(gate.work, effort=Effort("bcrypt", 18)))
@@ -436,7 +431,7 @@ async def test_a_wait_beyond_the_deadline_is_refused_before_any_hashing() -> Non
         assert refusals("estimate") == before + 1
         assert steps.admitted == 0
         # Its asker gives up at the deadline, and with it the work ahead.
-        await until(lambda: hasher._wait_s(Steps().job(gate.work)) < 1.0)
+        await eventually(lambda: hasher._wait_s(Steps().job(gate.work)) < 1.0)
         gate.opened.set()
 
 
@@ -453,7 +448,7 @@ async def test_a_job_not_admitted_by_its_deadline_is_refused_and_never_hashed() 
     gate, steps = Gate(), Steps()
     async with running(threads=1, deadline_s=0.2) as hasher:
         first = asyncio.ensure_future(hasher.run_job(Steps().job(gate.work)))
-        await until(lambda: gate.inside == 1)
+        await eventually(lambda: gate.inside == 1)
         before = refusals("deadline")
         await refused(ask(hasher, steps.job(gate.work)))
         assert refusals("deadline") == before + 1
@@ -510,7 +505,7 @@ async def test_a_job_told_to_wait_lets_the_others_pass_and_is_asked_again() -> N
 
         async with anyio.create_task_group() as requests:
             requests.start_soon(ask_as, "waiter", waiter)
-            await until(lambda: waiter.admitted == 1)
+            await eventually(lambda: waiter.admitted == 1)
             for _ in range(3):
                 requests.start_soon(ask_as, "other", others)
     assert order == ["other"] * 3 + ["waiter"]
@@ -539,7 +534,7 @@ async def test_shutdown_finishes_and_settles_what_runs_and_refuses_what_waits() 
         async with running(threads=2) as hasher:
             for _ in range(2):
                 requests.start_soon(ask, hasher, ran.job(gate.work))
-            await until(lambda: gate.inside == 2)
+            await eventually(lambda: gate.inside == 2)
             requests.start_soon(expect_unavailable, partial(ask, hasher, waited.job(gate.work)))
             await anyio.sleep(0.01)
             requests.start_soon(open_later, gate)
@@ -565,7 +560,7 @@ async def test_threads_are_never_overcommitted_by_a_crowd_that_comes_and_goes() 
             request.cancel()
         results = await asyncio.gather(*requests, return_exceptions=True)
         assert results.count("hashed") >= 200
-        await until(lambda: len(steps.settled) == steps.admitted)
+        await eventually(lambda: len(steps.settled) == steps.admitted)
         assert gate.inside_max <= 2
         assert steps.settled.count("hashed") == gate.finished
 

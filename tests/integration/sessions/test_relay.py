@@ -12,7 +12,8 @@ from blockbuster import BlockBuster
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis, RedisCluster
 from support.deployment import answers
-from support.relaying import CLIENT, PATIENCE_S, Node, make_settings, open_node, until
+from support.relaying import CLIENT, PATIENCE_S, Node, make_settings, open_node
+from support.waiting import eventually
 
 from authd.config import BUCKETS, Settings
 from authd.embedded import PostgresServer
@@ -207,7 +208,7 @@ async def test_streams_are_bounded_while_postgres_is_away_and_moved_when_it_is_b
     await postgres_server.resume()
     await node.until_relayed()
     # The breaker may be open for a moment after Postgres is back.
-    await until(partial(answers, node.database.ping))
+    await eventually(partial(answers, node.database.ping))
     assert len(set(await ids(node))) == 50
 
 
@@ -242,8 +243,8 @@ async def test_what_this_version_cannot_read_stays_and_holds_up_nothing(
     async def is_moved() -> bool:
         return [row["type"] for row in await node.rows(user_id=user)] == ["session.opened"]
 
-    await until(is_moved)
-    await until(lambda: has_length(other, ENTRIES_MAX + 6))
+    await eventually(is_moved)
+    await eventually(lambda: has_length(other, ENTRIES_MAX + 6))
 
 
 async def test_endings_that_both_sides_write_at_once_never_wait_for_each_other(make_node: MakeNode) -> None:
@@ -265,7 +266,7 @@ async def test_endings_that_both_sides_write_at_once_never_wait_for_each_other(m
         async def are_many() -> bool:
             return len(await node.rows("revocations")) > 400
 
-        await until(are_many)
+        await eventually(are_many)
         is_over.set()
     await node.until_relayed()
     [row] = await node.database.fetch("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")
@@ -340,7 +341,7 @@ async def test_an_applied_ending_is_dead_at_once_though_nobody_waited(make_node:
     async def is_applied() -> bool:
         return node.feed.head(user % BUCKETS) == 1
 
-    await until(is_applied)
+    await eventually(is_applied)
     assert not isinstance(await node.decided.sessions.inspect(await node.subject(user), first.id, 0), Live)
 
 
@@ -354,7 +355,7 @@ async def lock_a_pair(node: Node, user_id: int) -> None:
                 await node.throttle.settle(attempt, Outcome.FAILED)
             return isinstance(attempt, Reserved)
 
-        await until(has_failed)
+        await eventually(has_failed)
 
 
 async def ids(node: Node) -> list[uuid.UUID]:

@@ -8,7 +8,8 @@ import anyio
 import pytest
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
-from support.deployment import CLIENT, LOGGED, MakeWorld, ScriptCall, World, owner, together, until
+from support.deployment import CLIENT, LOGGED, MakeWorld, ScriptCall, World, owner, together
+from support.waiting import eventually
 
 from authd.config import BUCKETS
 from authd.embedded import PostgresServer
@@ -87,7 +88,7 @@ async def test_a_replica_learns_the_heads_by_itself(world: World, monkeypatch: p
     async def is_known() -> bool:
         return other.feed.head(row.bucket) == row.number
 
-    await until(is_known)
+    await eventually(is_known)
     later = await world.replica()
     assert later.feed.head(row.bucket) == row.number
     # Known, not applied: whoever asks next applies it.
@@ -223,7 +224,7 @@ async def test_a_client_that_hangs_up_after_the_commit_stops_nothing(world: Worl
     async def is_applied() -> bool:
         return await world.applied(user.id) == row.number
 
-    await until(is_applied)
+    await eventually(is_applied)
     assert await world.outcome(pair.refresh_token) == "session_ended"
 
 
@@ -263,7 +264,7 @@ async def test_an_ending_that_redis_decided_is_logged_although_nobody_waits(
         values = await world.values(user.id)
         return len(values) == len(ids) and {value[0] for value in values.values()} == {LOGGED}
 
-    await until(is_applied)
+    await eventually(is_applied)
 
 
 async def test_every_task_that_postgres_did_not_answer_is_counted(
@@ -286,7 +287,7 @@ async def test_every_task_that_postgres_did_not_answer_is_counted(
             async def has_logged_all() -> bool:
                 return events <= {line["event"] for line in logged}
 
-            await until(has_logged_all)
+            await eventually(has_logged_all)
             assert times_away() - before == sum(line["event"] in events for line in logged)
         finally:
             await postgres_server.resume()
@@ -323,7 +324,7 @@ async def test_a_log_that_lost_commits_is_noticed_before_its_numbers_come_again(
     async def has_begun_again() -> bool:
         return await world.applied(user.id) == 1
 
-    await until(has_begun_again)
+    await eventually(has_begun_again)
     await world.sessions.logout(pairs[2].access_token, "current")  # it is number 2 again
     assert await world.bearer(pairs[2].access_token) == "token_invalid"
     assert await world.outcome(pairs[2].refresh_token) == "session_ended"

@@ -10,7 +10,8 @@ import anyio
 import pytest
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
-from support.deployment import PASSWORD, MakeWorld, Replica, ScriptCall, World, heard, together, until
+from support.deployment import PASSWORD, MakeWorld, Replica, ScriptCall, World, heard, together
+from support.waiting import eventually
 
 from authd.errors import InvalidCredentials, Refusal, Unavailable
 from authd.passwords.formats import hash_password
@@ -250,7 +251,7 @@ async def test_a_login_that_verifies_while_all_sessions_end_opens_none_with_the_
             counters = [value for key, (value, _) in (await world.dump()).items() if ":throttle:pair:" in key]
             return any(name.startswith(b"r:") for value in counters for name in value if isinstance(value, dict))
 
-        await until(is_hashing)
+        await eventually(is_hashing)
         if password_changes:
             changed = hash_password("another one", 4)
             await world.database.fetch(
@@ -379,7 +380,7 @@ async def until_more(seen: Counter[str]) -> None:
     async def is_more() -> bool:
         return seen.total() >= before + 8
 
-    await until(is_more)
+    await eventually(is_more)
 
 
 async def available_outcome(replica: Replica, pair: TokenPair) -> str:
@@ -391,7 +392,7 @@ async def available_outcome(replica: Replica, pair: TokenPair) -> str:
         outcome = await dead_outcome(replica, pair)
         return outcome != "unavailable"
 
-    await until(is_available)
+    await eventually(is_available)
     return outcome
 
 

@@ -22,8 +22,8 @@ from support.deployment import (
     open_world,
     owner,
     together,
-    until,
 )
+from support.waiting import eventually
 
 from authd.config import BUCKETS
 from authd.embedded import PostgresServer, RedisServer
@@ -438,7 +438,7 @@ async def test_the_tombstones_of_unlogged_endings_outlive_their_tokens(make_worl
     assert int.from_bytes(tombstone[1:7], "big") == opened.session.expires_ms
     # Once the log has the row, Redis remembers it no longer than any request in flight takes.
     await world.feed.record(user.subject, [first], "evicted")
-    await until(partial(_is_logged, world, user.id, first))
+    await eventually(partial(_is_logged, world, user.id, first))
     tombstone = (await world.values(user.id))[first]
     assert int.from_bytes(tombstone[1:7], "big") < opened.session.expires_ms
 
@@ -474,7 +474,7 @@ async def test_while_postgres_is_away_a_refresh_works_and_an_unknown_session_wai
     with pytest.raises(Unavailable):
         await world.sessions.logout(known.access_token, "all")
     await postgres_server.resume()
-    await until(partial(answers, world.database.ping))  # the breaker takes a moment to believe it
+    await eventually(partial(answers, world.database.ping))  # the breaker takes a moment to believe it
     assert (await world.until_rows(user.id, 1))[0] == (world.token(newer).session_id, None, "reused")
 
     async def is_back() -> bool:
@@ -483,7 +483,7 @@ async def test_while_postgres_is_away_a_refresh_works_and_an_unknown_session_wai
         except Unavailable:
             return False
 
-    await until(is_back)
+    await eventually(is_back)
 
 
 async def test_a_killed_postgres_is_found_again(make_world: MakeWorld, postgres_server: PostgresServer) -> None:
@@ -503,7 +503,7 @@ async def test_a_killed_postgres_is_found_again(make_world: MakeWorld, postgres_
         except Unavailable:
             return False
 
-    await until(is_back)
+    await eventually(is_back)
 
 
 async def test_a_redis_that_wakes_after_the_clients_left_changes_nothing(
@@ -545,9 +545,9 @@ async def test_a_redis_that_wakes_after_the_clients_left_changes_nothing(
         async def have_run() -> bool:
             return await _scripts_run(world) >= ran_before + len(calls)
 
-        await until(have_run)
+        await eventually(have_run)
         assert await world.dump() == before
-        await until(partial(answers, world.redis.ping))  # the breaker takes a moment to believe it
+        await eventually(partial(answers, world.redis.ping))  # the breaker takes a moment to believe it
         assert await world.outcome(doomed.refresh_token) == "session_ended"
         assert world.token(await world.refresh(pair.refresh_token)).counter == world.token(pair).counter + 1
 
@@ -637,7 +637,7 @@ async def test_the_profile_comes_from_the_cache_while_postgres_is_away(
     async def is_back() -> bool:
         return await world.bearer(unread.access_token) == "ok"
 
-    await until(is_back)
+    await eventually(is_back)
 
 
 async def test_a_reader_with_the_old_row_cannot_store_it_after_the_change(world: World) -> None:

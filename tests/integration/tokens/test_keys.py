@@ -13,7 +13,8 @@ from typing import Any
 import anyio
 import pytest
 from prometheus_client import REGISTRY
-from support.deployment import JWT_SECRET, together, until
+from support.deployment import JWT_SECRET, together
+from support.waiting import eventually
 
 from authd.config import Secret, Settings
 from authd.embedded import PostgresServer
@@ -184,7 +185,7 @@ async def test_running_replicas_rotate_and_follow_by_themselves(make_keeper: Mak
         async def both_sign_with_the_next() -> bool:
             return all(signer(ring) != first for ring in rings)
 
-        await until(both_sign_with_the_next)
+        await eventually(both_sign_with_the_next)
         tree.cancel_scope.cancel()
     assert signer(rings[0]) == signer(rings[1])
     assert await purposes(database) == sorted(PURPOSES + ROTATING)
@@ -429,7 +430,7 @@ async def test_a_running_replica_that_cannot_open_a_key_goes_on_with_those_it_ha
         async def reads_again() -> bool:
             return len(published(ring)) == 2
 
-        await until(reads_again)
+        await eventually(reads_again)
         tree.cancel_scope.cancel()
 
 
@@ -447,7 +448,7 @@ async def test_a_read_that_postgres_did_not_answer_is_counted_and_the_next_one_i
         await tree.start(keeper.follow, ring)
         await postgres_server.pause()
         try:
-            await until(is_counted_twice)
+            await eventually(is_counted_twice)
         finally:
             await postgres_server.resume()
         assert published(ring) == kids

@@ -5,8 +5,9 @@ from functools import partial
 
 import asyncpg
 import pytest
-from support.deployment import CLIENT, Replica, World, owner, together, until
+from support.deployment import CLIENT, Replica, World, owner, together
 from support.relaying import make_settings, open_node
+from support.waiting import eventually
 
 from authd.config import BUCKETS
 from authd.errors import InvalidAccessToken, UnknownSession
@@ -28,7 +29,7 @@ async def until_out(replica: Replica, pair: TokenPair) -> None:
         bucket = token.user_id % BUCKETS
         return replica.feed.head(bucket) == (await replica.revocations.heads()).get(bucket)
 
-    await until(has_heard)
+    await eventually(has_heard)
     assert await replica.bearer(pair.access_token) == "token_invalid"
 
 

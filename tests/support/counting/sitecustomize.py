@@ -35,4 +35,4 @@ def _counted(form: Any, text: str) -> str:
     return _normalize(form, text)
 
 
-unicodedata.normalize = _counted  # type: ignore[assignment]
+unicodedata.normalize = _counted
