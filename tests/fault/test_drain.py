@@ -14,7 +14,7 @@ import anyio
 import httpx
 import psutil
 import pytest
-from support.faults import TIMEOUTS, Parts, away
+from support.faults import TIMEOUTS, FaultStores, away
 from support.kafka import events_in, topics
 from support.process import Api, Secrets, ServiceProcess
 from support.waiting import eventually
@@ -121,7 +121,9 @@ class Unexpected(Exception):
     """An answer that was counted."""
 
 
-async def test_a_rolling_restart_behind_a_balancer_under_load_fails_no_request(parts: Parts, tmp_path: Path) -> None:
+async def test_a_rolling_restart_behind_a_balancer_under_load_fails_no_request(
+    parts: FaultStores, tmp_path: Path
+) -> None:
     require_haproxy()
     settings = {"AUTHD_UNREADY_S": str(UNREADY_S), "AUTHD_TRUSTED_PROXIES": "127.0.0.1/32"}
     async with (
@@ -146,7 +148,7 @@ async def test_a_rolling_restart_behind_a_balancer_under_load_fails_no_request(p
         assert {row["id"] for row in await one.query("SELECT id FROM users")} == set(users)
 
 
-async def test_what_was_accepted_before_sigterm_is_answered_and_told(parts: Parts, broker: KafkaBroker) -> None:
+async def test_what_was_accepted_before_sigterm_is_answered_and_told(parts: FaultStores, broker: KafkaBroker) -> None:
     settings = topics(f"t{uuid.uuid4().hex[:12]}") | {
         "AUTHD_KAFKA_BOOTSTRAP_SERVERS": broker.bootstrap_servers,
         "AUTHD_BCRYPT_COST": COST,
@@ -193,7 +195,7 @@ async def test_what_was_accepted_before_sigterm_is_answered_and_told(parts: Part
 
 
 @pytest.mark.parametrize("part", ["postgres", "redis"])
-async def test_a_frozen_part_holds_up_no_stop(parts: Parts, part: str) -> None:
+async def test_a_frozen_part_holds_up_no_stop(parts: FaultStores, part: str) -> None:
     async with parts.services.running(**TIMEOUTS, AUTHD_DRAIN_S="5") as process, process.api() as api:
         account = await api.new_account()
         statuses: list[int] = []
@@ -210,7 +212,7 @@ async def test_a_frozen_part_holds_up_no_stop(parts: Parts, part: str) -> None:
         assert statuses == [503] * 5
 
 
-async def test_the_deadline_of_the_drain_answers_what_is_left_with_503(parts: Parts) -> None:
+async def test_the_deadline_of_the_drain_answers_what_is_left_with_503(parts: FaultStores) -> None:
     settings = {"AUTHD_DRAIN_S": "1", "AUTHD_DATABASE_TIMEOUT_S": "12"}
     async with parts.services.running(**settings) as process, process.api() as api:
         account = await api.new_account()

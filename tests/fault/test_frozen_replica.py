@@ -12,7 +12,7 @@ import asyncpg
 import httpx
 import psutil
 import pytest
-from support.faults import Parts, assert_dead, away, retried, until_ready
+from support.faults import FaultStores, assert_dead, away, retried, until_ready
 from support.kafka import create_topics, events_in, topics, until_outbox_is_empty
 from support.process import ServiceProcess
 from support.waiting import eventually
@@ -52,7 +52,7 @@ async def transactions_of(process: ServiceProcess, state: str, query: str) -> li
     return [row["pid"] for row in rows if row["client_port"] in ports]
 
 
-async def test_a_replica_frozen_in_a_logout_keeps_nobody_else_from_logging_out(parts: Parts) -> None:
+async def test_a_replica_frozen_in_a_logout_keeps_nobody_else_from_logging_out(parts: FaultStores) -> None:
     settings = {"AUTHD_DATABASE_TIMEOUT_S": str(DATABASE_TIMEOUT_S)}
     async with (
         parts.services.running(**settings) as stopped,
@@ -106,7 +106,7 @@ async def test_a_replica_frozen_in_a_logout_keeps_nobody_else_from_logging_out(p
         await assert_dead(other, pair)
 
 
-async def test_a_replica_frozen_in_a_lane_keeps_no_event_for_ever(parts: Parts, broker: KafkaBroker) -> None:
+async def test_a_replica_frozen_in_a_lane_keeps_no_event_for_ever(parts: FaultStores, broker: KafkaBroker) -> None:
     settings = topics(f"t{uuid.uuid4().hex[:12]}") | {
         "AUTHD_DATABASE_TIMEOUT_S": str(LANE_DATABASE_TIMEOUT_S),
         "AUTHD_KAFKA_TIMEOUT_S": str(KAFKA_TIMEOUT_S),

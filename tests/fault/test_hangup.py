@@ -17,7 +17,7 @@ import anyio
 import httpx
 import pytest
 from redis.asyncio import Redis
-from support.faults import Parts, assert_alive, assert_dead, retried
+from support.faults import FaultStores, assert_alive, assert_dead, retried
 from support.process import Account, Api, ServiceProcess
 from support.proxy import Direction, Proxy, proxied
 from support.waiting import eventually
@@ -59,7 +59,7 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-async def bench(parts: Parts) -> AsyncIterator[Bench]:
+async def bench(parts: FaultStores) -> AsyncIterator[Bench]:
     async with (
         proxied(parts.postgres.port) as postgres,
         proxied(parts.redis.port) as redis,

@@ -7,7 +7,7 @@ from typing import Any
 
 import anyio
 import pytest
-from support.faults import KAFKA_SLOW_S, TIMEOUTS, WORKS, Parts, away, new_caller, new_deck
+from support.faults import KAFKA_SLOW_S, TIMEOUTS, FaultStores, away
 from support.kafka import (
     StrictBroker,
     allow_writing,
@@ -19,6 +19,7 @@ from support.kafka import (
     until_outbox_is_empty,
 )
 from support.process import Api, ServiceProcess
+from support.request_matrix import WORKS, new_request_matrix, new_service_client
 from support.stores import require_kafka
 from support.waiting import eventually
 
@@ -61,13 +62,13 @@ async def assert_all_told(process: ServiceProcess, broker: KafkaBroker) -> Count
 
 
 async def test_with_kafka_frozen_every_request_works_and_every_event_arrives_later(
-    parts: Parts, broker: KafkaBroker
+    parts: FaultStores, broker: KafkaBroker
 ) -> None:
     settings = kafka_settings(broker)
     await create_topics(broker, [value for name, value in settings.items() if name.endswith("_TOPIC")])
     async with parts.services.running(**settings) as process, process.api() as api:
-        caller = await new_caller(process, api)
-        first, second = [await new_deck(api, caller) for _ in range(2)]
+        client = await new_service_client(process, api)
+        first, second = [await new_request_matrix(api, client) for _ in range(2)]
         await until_outbox_is_empty(process)
         async with away(broker, "frozen"):
             await first.play(WORKS)
@@ -80,17 +81,17 @@ async def test_with_kafka_frozen_every_request_works_and_every_event_arrives_lat
 
 
 async def test_a_kafka_that_is_killed_and_comes_back_after_the_whole_run_gets_everything(
-    parts: Parts, broker: KafkaBroker
+    parts: FaultStores, broker: KafkaBroker
 ) -> None:
     settings = kafka_settings(broker)
     await create_topics(broker, [value for name, value in settings.items() if name.endswith("_TOPIC")])
     async with parts.services.running(**settings) as process:
         async with away(broker, "killed"):
             async with process.api() as api:
-                caller = await new_caller(process, api)
-                for deck in [await new_deck(api, caller) for _ in range(5)]:
-                    await deck.play(WORKS)
-                    assert deck.slow(KAFKA_SLOW_S) == 0
+                client = await new_service_client(process, api)
+                for matrix in [await new_request_matrix(api, client) for _ in range(5)]:
+                    await matrix.play(WORKS)
+                    assert matrix.slow(KAFKA_SLOW_S) == 0
                 await until_degraded(api)
             # It stops in order with nobody to tell, and what Redis decided is in the outbox too.
             assert await process.stop() == 0
@@ -100,7 +101,7 @@ async def test_a_kafka_that_is_killed_and_comes_back_after_the_whole_run_gets_ev
 
 
 def assert_decks_told(told: Counter[str], decks: int) -> None:
-    """A deck opens eight sessions and logs in once more; it ends four one by one, and all of a user's once."""
+    """A matrix opens eight sessions and logs in once more; it ends four one by one, and all of a user's once."""
     assert told["session.opened"] == 9 * decks
     assert told["session.ended"] == 4 * decks
     assert told["sessions.ended"] == decks
@@ -116,7 +117,7 @@ async def until_degraded(api: Api) -> None:
     await eventually(is_degraded)
 
 
-async def test_a_record_that_is_too_large_holds_up_nobody_else(parts: Parts, broker: KafkaBroker) -> None:
+async def test_a_record_that_is_too_large_holds_up_nobody_else(parts: FaultStores, broker: KafkaBroker) -> None:
     settings = kafka_settings(broker)
     names = [value for name, value in settings.items() if name.endswith("_TOPIC")]
     await create_topics(broker, names[1:])
@@ -138,14 +139,14 @@ async def test_a_record_that_is_too_large_holds_up_nobody_else(parts: Parts, bro
         assert sorted(users) == sorted([large.user_id, *(account.user_id for account in others)])
 
 
-async def test_events_of_topics_that_are_not_there_wait_for_them(parts: Parts, broker: KafkaBroker) -> None:
+async def test_events_of_topics_that_are_not_there_wait_for_them(parts: FaultStores, broker: KafkaBroker) -> None:
     settings = kafka_settings(broker)
     async with parts.services.running(**settings) as process, process.api() as api:
-        caller = await new_caller(process, api)
-        deck = await new_deck(api, caller)
+        client = await new_service_client(process, api)
+        matrix = await new_request_matrix(api, client)
         await eventually(lambda: process.lines("topic_unusable"))
-        await deck.play(WORKS)
-        assert deck.slow(KAFKA_SLOW_S) == 0
+        await matrix.play(WORKS)
+        assert matrix.slow(KAFKA_SLOW_S) == 0
         await create_topics(broker, topic_names(process))
         await until_outbox_is_empty(process)
         await assert_all_told(process, broker)
@@ -153,7 +154,7 @@ async def test_events_of_topics_that_are_not_there_wait_for_them(parts: Parts, b
 
 @pytest.mark.parametrize("fault", ["missing", "forbidden", "hidden"])
 async def test_a_topic_that_takes_nothing_holds_up_no_other_and_gets_its_events_in_order_when_it_does(
-    parts: Parts, broker: KafkaBroker, fault: str
+    parts: FaultStores, broker: KafkaBroker, fault: str
 ) -> None:
     settings = kafka_settings(broker)
     bad = settings["AUTHD_KAFKA_EVENTS_TOPIC"]

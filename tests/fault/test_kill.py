@@ -12,7 +12,7 @@ import httpx
 import jwt
 import pytest
 from anyio.abc import TaskStatus
-from support.faults import Parts, retried, seeded
+from support.faults import FaultStores, retried, seeded
 from support.kafka import events_in, topics, until_outbox_is_empty
 from support.process import Api, ServiceProcess
 
@@ -90,7 +90,7 @@ class Fleet:
 
 
 async def test_fifty_kills_amid_two_thousand_registrations_lose_no_user_and_no_event(
-    parts: Parts, broker: KafkaBroker, settings: dict[str, str]
+    parts: FaultStores, broker: KafkaBroker, settings: dict[str, str]
 ) -> None:
     dice = seeded()
     async with AsyncExitStack() as stack:
@@ -143,7 +143,7 @@ async def test_fifty_kills_amid_two_thousand_registrations_lose_no_user_and_no_e
 
 
 async def test_over_two_replicas_and_a_bounced_broker_each_users_events_arrive_in_commit_order(
-    parts: Parts, broker: KafkaBroker, settings: dict[str, str]
+    parts: FaultStores, broker: KafkaBroker, settings: dict[str, str]
 ) -> None:
     dice = seeded()
     limit = anyio.Semaphore(8)

@@ -4,22 +4,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from support.faults import (
-    SESSION_STORE,
-    SLOW_MAX,
-    TIMEOUTS,
-    USER_STORE,
-    WORKS,
-    Expected,
-    Parts,
-    assert_alive,
-    new_caller,
-    new_deck,
-    until_ready,
-    until_unready,
-)
+from support.faults import SLOW_MAX, TIMEOUTS, FaultStores, assert_alive, until_ready, until_unready
 from support.process import Api, ServiceProcess, assert_problem
 from support.proxy import Proxy, proxied
+from support.request_matrix import SESSION_STORE, USER_STORE, WORKS, Expected, new_request_matrix, new_service_client
 from support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(120)
@@ -42,13 +30,13 @@ NAMES = {"postgres": "user_store", "redis": "session_store"}
 
 
 @pytest.fixture(scope="module")
-async def proxies(parts: Parts) -> AsyncIterator[dict[str, Proxy]]:
+async def proxies(parts: FaultStores) -> AsyncIterator[dict[str, Proxy]]:
     async with proxied(parts.postgres.port) as postgres, proxied(parts.redis.port) as redis:
         yield {"postgres": postgres, "redis": redis}
 
 
 @pytest.fixture(scope="module")
-async def service(parts: Parts, proxies: dict[str, Proxy]) -> AsyncIterator[ServiceProcess]:
+async def service(parts: FaultStores, proxies: dict[str, Proxy]) -> AsyncIterator[ServiceProcess]:
     async with parts.services.prepared(**TIMEOUTS, AUTHD_REFRESH_GRACE_S="60") as process:
         for name, store in (("AUTHD_DATABASE_URL", "postgres"), ("AUTHD_REDIS_URL", "redis")):
             upstream = getattr(parts, store).port
@@ -62,8 +50,8 @@ async def service(parts: Parts, proxies: dict[str, Proxy]) -> AsyncIterator[Serv
 async def test_a_network_that_is_gone_costs_bounded_waits_and_comes_back_without_a_restart(
     service: ServiceProcess, proxies: dict[str, Proxy], api: Api, store: str, how: str
 ) -> None:
-    caller = await new_caller(service, api)
-    first, second, third = [await new_deck(api, caller) for _ in range(3)]
+    caller = await new_service_client(service, api)
+    first, second, third = [await new_request_matrix(api, caller) for _ in range(3)]
     proxy = proxies[store]
     if how == "silent":
         proxy.freeze()
@@ -81,12 +69,12 @@ async def test_a_network_that_is_gone_costs_bounded_waits_and_comes_back_without
 
 
 async def test_a_slow_network_only_costs_time(service: ServiceProcess, proxies: dict[str, Proxy], api: Api) -> None:
-    caller = await new_caller(service, api)
-    deck = await new_deck(api, caller)
+    caller = await new_service_client(service, api)
+    matrix = await new_request_matrix(api, caller)
     for proxy in proxies.values():
         proxy.delay_s = {"asked": DELAY_S, "answered": DELAY_S}
     try:
-        await deck.play(WORKS)
+        await matrix.play(WORKS)
     finally:
         for proxy in proxies.values():
             proxy.mend()

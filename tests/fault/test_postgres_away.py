@@ -7,26 +7,28 @@ import anyio
 import httpx
 import pytest
 from support.faults import (
-    SESSION_STORE,
     SLOW_MAX,
     TIMEOUTS,
-    USER_STORE,
-    WORKS,
-    Caller,
-    Expected,
-    Parts,
+    FaultStores,
     assert_alive,
     assert_dead,
     away,
     disk_full,
-    new_caller,
-    new_deck,
     read_only,
     retried,
     until_ready,
     until_unready,
 )
 from support.process import Api, ServiceProcess, assert_problem
+from support.request_matrix import (
+    SESSION_STORE,
+    USER_STORE,
+    WORKS,
+    Expected,
+    ServiceClient,
+    new_request_matrix,
+    new_service_client,
+)
 from support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(120)
@@ -61,15 +63,15 @@ UNWRITABLE: Expected = WORKS | dict.fromkeys(
 
 
 @pytest.fixture(scope="module")
-async def service(parts: Parts) -> AsyncIterator[ServiceProcess]:
+async def service(parts: FaultStores) -> AsyncIterator[ServiceProcess]:
     async with parts.services.running(**TIMEOUTS) as process:
         yield process
 
 
 @pytest.fixture(scope="module")
-async def caller(service: ServiceProcess) -> AsyncIterator[Caller]:
+async def client(service: ServiceProcess) -> AsyncIterator[ServiceClient]:
     async with service.api() as api:
-        yield await new_caller(service, api)
+        yield await new_service_client(service, api)
 
 
 async def users_of(service: ServiceProcess) -> int:
@@ -78,9 +80,9 @@ async def users_of(service: ServiceProcess) -> int:
 
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 async def test_without_postgres_sessions_go_on_and_postgres_back_is_in_use_without_a_restart(
-    service: ServiceProcess, parts: Parts, caller: Caller, api: Api, how: Any
+    service: ServiceProcess, parts: FaultStores, client: ServiceClient, api: Api, how: Any
 ) -> None:
-    first, second, third = [await new_deck(api, caller) for _ in range(3)]
+    first, second, third = [await new_request_matrix(api, client) for _ in range(3)]
     before = await users_of(service)
     async with away(parts.postgres, how):
         await first.play(AWAY)
@@ -97,7 +99,7 @@ async def test_without_postgres_sessions_go_on_and_postgres_back_is_in_use_witho
 
 
 async def test_a_hundred_requests_at_once_wait_for_a_frozen_postgres_once(
-    service: ServiceProcess, parts: Parts, api: Api
+    service: ServiceProcess, parts: FaultStores, api: Api
 ) -> None:
     account = await api.new_account()
     answers: list[httpx.Response] = []
@@ -121,9 +123,9 @@ async def test_a_hundred_requests_at_once_wait_for_a_frozen_postgres_once(
 
 @pytest.mark.parametrize("how", ["read-only", "full disk"])
 async def test_a_postgres_that_only_reads_lets_users_in_and_out_of_nothing(
-    service: ServiceProcess, parts: Parts, caller: Caller, api: Api, how: str
+    service: ServiceProcess, parts: FaultStores, client: ServiceClient, api: Api, how: str
 ) -> None:
-    first, second = [await new_deck(api, caller) for _ in range(2)]
+    first, second = [await new_request_matrix(api, client) for _ in range(2)]
     before = await users_of(service)
     async with read_only(parts.postgres) if how == "read-only" else disk_full(service):
         await first.play(UNWRITABLE)
@@ -140,7 +142,9 @@ async def test_a_postgres_that_only_reads_lets_users_in_and_out_of_nothing(
 
 
 @pytest.mark.parametrize("how", ["read-only", "frozen"])
-async def test_a_reuse_that_postgres_cannot_log_ends_the_session_at_once_and_for_good(parts: Parts, how: str) -> None:
+async def test_a_reuse_that_postgres_cannot_log_ends_the_session_at_once_and_for_good(
+    parts: FaultStores, how: str
+) -> None:
     async with parts.services.running(**TIMEOUTS, AUTHD_REFRESH_GRACE_S="0") as process, process.api() as api:
         account = await api.new_account()
         stolen = await api.new_session(account)
@@ -161,7 +165,7 @@ async def test_a_reuse_that_postgres_cannot_log_ends_the_session_at_once_and_for
             assert_problem(await api.refresh(pair["refresh_token"]), 401, "refresh_token_reused")
 
 
-async def test_an_eviction_that_postgres_cannot_log_ends_the_session_at_once_and_for_good(parts: Parts) -> None:
+async def test_an_eviction_that_postgres_cannot_log_ends_the_session_at_once_and_for_good(parts: FaultStores) -> None:
     async with parts.services.running(**TIMEOUTS) as process, process.api() as api:
         account = await api.new_account()
         pairs = [await api.new_session(account) for _ in range(10)]
@@ -181,19 +185,19 @@ async def test_an_eviction_that_postgres_cannot_log_ends_the_session_at_once_and
 
 
 async def test_both_stores_frozen_cost_a_bounded_wait(
-    service: ServiceProcess, parts: Parts, caller: Caller, api: Api
+    service: ServiceProcess, parts: FaultStores, client: ServiceClient, api: Api
 ) -> None:
-    deck = await new_deck(api, caller)
+    matrix = await new_request_matrix(api, client)
     async with away(parts.postgres, "frozen"), away(parts.redis, "frozen"):
         for name in ("register", "login", "refresh", "me, cached"):
-            problem = assert_problem(await deck.requests[name](), 503)
+            problem = assert_problem(await matrix.requests[name](), 503)
             assert problem["code"] in (USER_STORE[1], SESSION_STORE[1])
         assert (await api.get("/livez")).status_code == 200
     await until_ready(service)
-    await deck.play(WORKS)
+    await matrix.play(WORKS)
 
 
-async def test_a_start_waits_for_postgres_and_ends_with_a_sentence_where_it_does_not_come(parts: Parts) -> None:
+async def test_a_start_waits_for_postgres_and_ends_with_a_sentence_where_it_does_not_come(parts: FaultStores) -> None:
     async with parts.services.prepared(**TIMEOUTS, AUTHD_START_TIMEOUT_S="3") as process:
         async with away(parts.postgres, "killed"):
             done = await process.run("serve")

@@ -9,21 +9,14 @@ import anyio
 import httpx
 import pytest
 from support.faults import (
-    SESSION_STORE,
     SLOW_MAX,
     TIMEOUTS,
-    USER_STORE,
-    WORKS,
-    Caller,
-    Expected,
-    Parts,
+    FaultStores,
     assert_alive,
     assert_dead,
     away,
     flush,
     full,
-    new_caller,
-    new_deck,
     read_only,
     refusing,
     retried,
@@ -31,6 +24,15 @@ from support.faults import (
     until_unready,
 )
 from support.process import Api, ServiceProcess, assert_problem
+from support.request_matrix import (
+    SESSION_STORE,
+    USER_STORE,
+    WORKS,
+    Expected,
+    ServiceClient,
+    new_request_matrix,
+    new_service_client,
+)
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -51,22 +53,22 @@ WIPED: Expected = WORKS | {
 
 
 @pytest.fixture(scope="module")
-async def service(parts: Parts) -> AsyncIterator[ServiceProcess]:
+async def service(parts: FaultStores) -> AsyncIterator[ServiceProcess]:
     async with parts.services.running(**TIMEOUTS) as process:
         yield process
 
 
 @pytest.fixture(scope="module")
-async def caller(service: ServiceProcess) -> AsyncIterator[Caller]:
+async def client(service: ServiceProcess) -> AsyncIterator[ServiceClient]:
     async with service.api() as api:
-        yield await new_caller(service, api)
+        yield await new_service_client(service, api)
 
 
 @pytest.mark.parametrize("how", ["killed", "frozen", "refusing"])
 async def test_without_redis_only_registration_goes_on_and_redis_back_is_in_use_without_a_restart(
-    service: ServiceProcess, parts: Parts, caller: Caller, api: Api, how: Any
+    service: ServiceProcess, parts: FaultStores, client: ServiceClient, api: Api, how: Any
 ) -> None:
-    first, second, third = [await new_deck(api, caller) for _ in range(3)]
+    first, second, third = [await new_request_matrix(api, client) for _ in range(3)]
     breaking: AbstractAsyncContextManager[None] = refusing(parts.redis) if how == "refusing" else away(parts.redis, how)
     async with breaking:
         await first.play(AWAY)
@@ -84,7 +86,7 @@ async def test_without_redis_only_registration_goes_on_and_redis_back_is_in_use_
 
 
 async def test_a_hundred_requests_at_once_wait_for_a_frozen_redis_once(
-    service: ServiceProcess, parts: Parts, api: Api
+    service: ServiceProcess, parts: FaultStores, api: Api
 ) -> None:
     account = await api.new_account()
     pair = await api.new_session(account)
@@ -105,9 +107,9 @@ async def test_a_hundred_requests_at_once_wait_for_a_frozen_redis_once(
 
 
 async def test_a_full_redis_reads_and_refuses_what_takes_memory(
-    service: ServiceProcess, parts: Parts, caller: Caller, api: Api
+    service: ServiceProcess, parts: FaultStores, client: ServiceClient, api: Api
 ) -> None:
-    first, second = [await new_deck(api, caller) for _ in range(2)]
+    first, second = [await new_request_matrix(api, client) for _ in range(2)]
     async with full(parts.redis):
         await first.play(FULL)
         # A Redis that answers is asked: refusals cost the other requests nothing.
@@ -121,9 +123,9 @@ async def test_a_full_redis_reads_and_refuses_what_takes_memory(
 
 @pytest.mark.parametrize("how", ["flushed", "restarted empty"])
 async def test_a_wiped_redis_costs_nobody_the_session_and_revives_nobody(
-    service: ServiceProcess, parts: Parts, caller: Caller, api: Api, how: str
+    service: ServiceProcess, parts: FaultStores, client: ServiceClient, api: Api, how: str
 ) -> None:
-    first, second, third = [await new_deck(api, caller) for _ in range(3)]
+    first, second, third = [await new_request_matrix(api, client) for _ in range(3)]
     await second.play(WORKS)
     await flush(parts.redis.url)
     if how == "restarted empty":
@@ -147,7 +149,7 @@ async def test_a_wiped_redis_costs_nobody_the_session_and_revives_nobody(
 
 
 async def test_a_wiped_redis_refuses_bearers_only_until_their_device_has_refreshed(
-    service: ServiceProcess, parts: Parts, caller: Caller, api: Api
+    service: ServiceProcess, parts: FaultStores, client: ServiceClient, api: Api
 ) -> None:
     account = await api.new_account()
     pair = await api.new_session(account)
@@ -156,11 +158,11 @@ async def test_a_wiped_redis_refuses_bearers_only_until_their_device_has_refresh
     renewed = (await api.refresh(pair["refresh_token"])).json()
     for token in (pair["access_token"], renewed["access_token"]):
         assert (await api.me(token)).status_code == 200
-        assert (await caller.introspect(token)).json()["active"] is True
+        assert (await client.introspect(token)).json()["active"] is True
 
 
 async def test_a_wipe_while_postgres_is_away_is_503_and_no_verdict(
-    service: ServiceProcess, parts: Parts, api: Api
+    service: ServiceProcess, parts: FaultStores, api: Api
 ) -> None:
     account = await api.new_account()
     alive, dead = [await api.new_session(account) for _ in range(2)]
@@ -175,7 +177,7 @@ async def test_a_wipe_while_postgres_is_away_is_503_and_no_verdict(
 
 
 async def test_a_restarted_redis_is_not_believed_before_postgres_was_asked(
-    service: ServiceProcess, parts: Parts, api: Api
+    service: ServiceProcess, parts: FaultStores, api: Api
 ) -> None:
     account = await api.new_account()
     pair = await api.new_session(account)
@@ -190,7 +192,7 @@ async def test_a_restarted_redis_is_not_believed_before_postgres_was_asked(
     await assert_alive(api, pair)
 
 
-async def test_a_read_only_postgres_rebuilds_sessions(service: ServiceProcess, parts: Parts, api: Api) -> None:
+async def test_a_read_only_postgres_rebuilds_sessions(service: ServiceProcess, parts: FaultStores, api: Api) -> None:
     pair = await api.new_session(await api.new_account())
     async with read_only(parts.postgres):
         await flush(parts.redis.url)

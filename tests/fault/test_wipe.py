@@ -13,19 +13,9 @@ import httpx
 import pytest
 from anyio import to_thread
 from redis.asyncio import Redis
-from support.faults import (
-    TIMEOUTS,
-    Parts,
-    assert_alive,
-    assert_dead,
-    away,
-    flush,
-    new_caller,
-    retried,
-    seeded,
-    until_ready,
-)
+from support.faults import TIMEOUTS, FaultStores, assert_alive, assert_dead, away, flush, retried, seeded, until_ready
 from support.process import Api, ServiceProcess, assert_problem
+from support.request_matrix import new_service_client
 
 from authd.embedded import RedisServer
 
@@ -39,14 +29,14 @@ Pair = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-async def redis(anyio_backend: object, parts: Parts) -> AsyncIterator[RedisServer]:
+async def redis(anyio_backend: object, parts: FaultStores) -> AsyncIterator[RedisServer]:
     """One that loads a snapshot at its start, and keeps no other file."""
     async with RedisServer(parts.redis.folder.parent / "snapshots", durable=False) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-async def service(parts: Parts, redis: RedisServer) -> AsyncIterator[ServiceProcess]:
+async def service(parts: FaultStores, redis: RedisServer) -> AsyncIterator[ServiceProcess]:
     async with parts.services.running(**TIMEOUTS, AUTHD_REDIS_URL=redis.url) as process:
         yield process
 
@@ -93,7 +83,7 @@ async def logout(api: Api, pair: Pair, scope: str) -> httpx.Response:
 async def test_a_wipe_amid_two_hundred_sessions_costs_each_device_one_refresh_and_revives_none(
     service: ServiceProcess, redis: RedisServer, api: Api
 ) -> None:
-    caller = await new_caller(service, api)
+    caller = await new_service_client(service, api)
     devices: list[Pair] = []
     revoked: list[Pair] = []
     for number in range(USERS):
@@ -146,7 +136,7 @@ async def test_a_wipe_amid_two_hundred_sessions_costs_each_device_one_refresh_an
 
 
 async def test_after_a_wipe_a_rotated_out_token_and_then_the_rightful_one_end_the_session(
-    parts: Parts, redis: RedisServer
+    parts: FaultStores, redis: RedisServer
 ) -> None:
     settings = {"AUTHD_REFRESH_GRACE_S": "0", "AUTHD_REDIS_URL": redis.url}
     async with parts.services.running(**TIMEOUTS, **settings) as process, process.api() as api:
@@ -166,7 +156,7 @@ async def test_after_a_wipe_a_rotated_out_token_and_then_the_rightful_one_end_th
 
 
 async def test_a_snapshot_from_before_a_logout_revives_nobody_at_any_replica(
-    service: ServiceProcess, parts: Parts, redis: RedisServer, api: Api
+    service: ServiceProcess, parts: FaultStores, redis: RedisServer, api: Api
 ) -> None:
     async with parts.services.replica(service) as other, other.api() as there:
         account, second = await api.new_account(), await api.new_account()
@@ -260,7 +250,9 @@ async def test_after_a_wipe_ten_of_eleven_devices_live(service: ServiceProcess, 
     await assert_alive(api, pairs[-1])
 
 
-async def test_a_redis_frozen_past_the_timeout_rotates_nothing_when_it_wakes(parts: Parts, redis: RedisServer) -> None:
+async def test_a_redis_frozen_past_the_timeout_rotates_nothing_when_it_wakes(
+    parts: FaultStores, redis: RedisServer
+) -> None:
     # Without a grace a rotation that nobody heard of would make the next refresh a theft.
     settings = {"AUTHD_REFRESH_GRACE_S": "0", "AUTHD_REDIS_URL": redis.url}
     async with parts.services.running(**TIMEOUTS, **settings) as process, process.api() as api:
