@@ -15,7 +15,14 @@ from support.ports import take_slice
 settings.register_profile("authd", deadline=None, derandomize=True)
 settings.load_profile("authd")
 
-pytest_plugins = ["support.limits", "support.stores", "support.process", "support.deployment", "support.faults"]
+pytest_plugins = [
+    "support.limits",
+    "support.stores",
+    "support.process",
+    "support.services",
+    "support.deployment",
+    "support.faults",
+]
 
 LOOP_GUARDED = {"unit", "integration"}
 #: What a process does once and then has in memory: imports inside libraries, redis-py's look at its own version, and

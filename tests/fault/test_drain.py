@@ -14,9 +14,10 @@ import anyio
 import httpx
 import psutil
 import pytest
+from support.api import Api, Secrets
 from support.faults import TIMEOUTS, FaultStores, away
 from support.kafka import events_in, topics
-from support.process import Api, Secrets, ServiceProcess
+from support.process import ServiceProcess
 from support.waiting import eventually
 
 from authd.embedded import KafkaBroker

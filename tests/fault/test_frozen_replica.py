@@ -112,7 +112,9 @@ async def test_a_replica_frozen_in_a_lane_keeps_no_event_for_ever(parts: FaultSt
         "AUTHD_KAFKA_TIMEOUT_S": str(KAFKA_TIMEOUT_S),
         "AUTHD_KAFKA_BOOTSTRAP_SERVERS": broker.bootstrap_servers,
     }
-    await create_topics(broker, [value for name, value in settings.items() if name.endswith("_TOPIC")])
+    await create_topics(
+        broker.bootstrap_servers, [value for name, value in settings.items() if name.endswith("_TOPIC")]
+    )
     async with (
         parts.services.running(**settings) as stopped,
         parts.services.replica(stopped) as healthy,

@@ -17,8 +17,9 @@ import anyio
 import httpx
 import pytest
 from redis.asyncio import Redis
+from support.api import Account, Api
 from support.faults import FaultStores, assert_alive, assert_dead, retried
-from support.process import Account, Api, ServiceProcess
+from support.process import ServiceProcess
 from support.proxy import Direction, Proxy, proxied
 from support.waiting import eventually
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import anyio
 import pytest
+from support.api import Api
 from support.faults import KAFKA_SLOW_S, TIMEOUTS, FaultStores, away
 from support.kafka import (
     StrictBroker,
@@ -18,7 +19,7 @@ from support.kafka import (
     topics,
     until_outbox_is_empty,
 )
-from support.process import Api, ServiceProcess
+from support.process import ServiceProcess
 from support.request_matrix import WORKS, new_request_matrix, new_service_client
 from support.stores import require_kafka
 from support.waiting import eventually
@@ -65,7 +66,9 @@ async def test_with_kafka_frozen_every_request_works_and_every_event_arrives_lat
     parts: FaultStores, broker: KafkaBroker
 ) -> None:
     settings = kafka_settings(broker)
-    await create_topics(broker, [value for name, value in settings.items() if name.endswith("_TOPIC")])
+    await create_topics(
+        broker.bootstrap_servers, [value for name, value in settings.items() if name.endswith("_TOPIC")]
+    )
     async with parts.services.running(**settings) as process, process.api() as api:
         client = await new_service_client(process, api)
         first, second = [await new_request_matrix(api, client) for _ in range(2)]
@@ -84,7 +87,9 @@ async def test_a_kafka_that_is_killed_and_comes_back_after_the_whole_run_gets_ev
     parts: FaultStores, broker: KafkaBroker
 ) -> None:
     settings = kafka_settings(broker)
-    await create_topics(broker, [value for name, value in settings.items() if name.endswith("_TOPIC")])
+    await create_topics(
+        broker.bootstrap_servers, [value for name, value in settings.items() if name.endswith("_TOPIC")]
+    )
     async with parts.services.running(**settings) as process:
         async with away(broker, "killed"):
             async with process.api() as api:
@@ -120,8 +125,8 @@ async def until_degraded(api: Api) -> None:
 async def test_a_record_that_is_too_large_holds_up_nobody_else(parts: FaultStores, broker: KafkaBroker) -> None:
     settings = kafka_settings(broker)
     names = [value for name, value in settings.items() if name.endswith("_TOPIC")]
-    await create_topics(broker, names[1:])
-    await create_topics(broker, names[:1], **{"max.message.bytes": str(MESSAGE_BYTES)})
+    await create_topics(broker.bootstrap_servers, names[1:])
+    await create_topics(broker.bootstrap_servers, names[:1], **{"max.message.bytes": str(MESSAGE_BYTES)})
     async with parts.services.running(**settings) as process, process.api() as api:
         large = await api.new_account(full_name=LONG_NAME)
         await eventually(lambda: process.lines("event_refused"))
@@ -133,7 +138,7 @@ async def test_a_record_that_is_too_large_holds_up_nobody_else(parts: FaultStore
             return told == {account.user_id for account in others}
 
         await eventually(others_arrived, 40)
-        await configure_topic(broker, process.topic, **{"max.message.bytes": "1000000"})
+        await configure_topic(broker.bootstrap_servers, process.topic, **{"max.message.bytes": "1000000"})
         await until_outbox_is_empty(process)
         users = [value["user_id"] for _, value in await events_in(broker, process.topic)]
         assert sorted(users) == sorted([large.user_id, *(account.user_id for account in others)])
@@ -147,7 +152,7 @@ async def test_events_of_topics_that_are_not_there_wait_for_them(parts: FaultSto
         await eventually(lambda: process.lines("topic_unusable"))
         await matrix.play(WORKS)
         assert matrix.slow(KAFKA_SLOW_S) == 0
-        await create_topics(broker, topic_names(process))
+        await create_topics(broker.bootstrap_servers, topic_names(process))
         await until_outbox_is_empty(process)
         await assert_all_told(process, broker)
 
@@ -158,9 +163,12 @@ async def test_a_topic_that_takes_nothing_holds_up_no_other_and_gets_its_events_
 ) -> None:
     settings = kafka_settings(broker)
     bad = settings["AUTHD_KAFKA_EVENTS_TOPIC"]
-    await create_topics(broker, [value for name, value in settings.items() if name.endswith("_TOPIC") and value != bad])
+    await create_topics(
+        broker.bootstrap_servers,
+        [value for name, value in settings.items() if name.endswith("_TOPIC") and value != bad],
+    )
     if fault != "missing":
-        await create_topics(broker, [bad])
+        await create_topics(broker.bootstrap_servers, [bad])
         await forbid_writing(broker, bad, is_hidden=fault == "hidden")
     async with parts.services.running(**settings) as process, process.api() as api:
         accounts = [await api.new_account()]
@@ -181,7 +189,7 @@ async def test_a_topic_that_takes_nothing_holds_up_no_other_and_gets_its_events_
         told = await events_in(broker, process.topic)
         assert sorted(value["user_id"] for _, value in told) == sorted(account.user_id for account in accounts)
 
-        await (create_topics(broker, [bad]) if fault == "missing" else allow_writing(broker, bad))
+        await (create_topics(broker.bootstrap_servers, [bad]) if fault == "missing" else allow_writing(broker, bad))
         await until_outbox_is_empty(process)
         await assert_all_told(process, broker)
         usable = await eventually(lambda: process.lines("topic_usable"))

@@ -12,9 +12,10 @@ import httpx
 import jwt
 import pytest
 from anyio.abc import TaskStatus
+from support.api import Api
 from support.faults import FaultStores, retried, seeded
 from support.kafka import events_in, topics, until_outbox_is_empty
-from support.process import Api, ServiceProcess
+from support.process import ServiceProcess
 
 from authd.embedded import KafkaBroker
 

@@ -4,8 +4,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from support.api import Api, assert_problem
 from support.faults import SLOW_MAX, TIMEOUTS, FaultStores, assert_alive, until_ready, until_unready
-from support.process import Api, ServiceProcess, assert_problem
+from support.process import ServiceProcess
 from support.proxy import Proxy, proxied
 from support.request_matrix import SESSION_STORE, USER_STORE, WORKS, Expected, new_request_matrix, new_service_client
 from support.waiting import eventually

@@ -6,6 +6,7 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+from support.api import Api, assert_problem
 from support.faults import (
     SLOW_MAX,
     TIMEOUTS,
@@ -19,7 +20,7 @@ from support.faults import (
     until_ready,
     until_unready,
 )
-from support.process import Api, ServiceProcess, assert_problem
+from support.process import ServiceProcess
 from support.request_matrix import (
     SESSION_STORE,
     USER_STORE,

@@ -13,8 +13,9 @@ import httpx
 import pytest
 from anyio import to_thread
 from redis.asyncio import Redis
+from support.api import Api, assert_problem
 from support.faults import TIMEOUTS, FaultStores, assert_alive, assert_dead, away, flush, retried, seeded, until_ready
-from support.process import Api, ServiceProcess, assert_problem
+from support.process import ServiceProcess
 from support.request_matrix import new_service_client
 
 from authd.embedded import RedisServer

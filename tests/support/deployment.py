@@ -17,8 +17,8 @@ import pytest
 from blockbuster import BlockBuster
 from redis.asyncio import Redis, RedisCluster
 from redis.commands.core import AsyncScript
-from support.lock_order import watch_lock_order
 from support.settings import settings_over
+from support.stores import client_url
 from support.waiting import eventually
 
 from authd.assembly.postgres import PostgresStores
@@ -30,7 +30,6 @@ from authd.errors import RefreshRefused, Refusal, Unavailable, UserDisabled
 from authd.events.contract import EndingReason
 from authd.infra.caller import Caller
 from authd.infra.postgres.database import Database, open_database
-from authd.infra.postgres.migrate import migrate
 from authd.infra.redis.client import RedisClient, open_redis
 from authd.infra.subject import Subject
 from authd.login.redis import Throttle
@@ -340,11 +339,6 @@ def open_raw(redis_url: str) -> Redis | RedisCluster:
     return RedisCluster.from_url(first) if "," in redis_url else Redis.from_url(first)
 
 
-def client_url(url: str) -> str:
-    # With a password and without TLS, else asyncpg looks for files of the user at each connection.
-    return url.replace("postgres@", "postgres:unused@") + "?sslmode=disable"
-
-
 @asynccontextmanager
 async def open_world(database_url: str, redis_url: str, guard: BlockBuster, **changes: Any) -> AsyncIterator[World]:
     defaults = {
@@ -364,16 +358,6 @@ async def open_world(database_url: str, redis_url: str, guard: BlockBuster, **ch
         world.stack, world.guard = stack, guard
         yield world
         await world.wipe()
-
-
-@pytest.fixture(scope="session")
-async def database_template(postgres_server: PostgresServer) -> str:
-    """The name of a migrated, empty database."""
-    name = "world_template"
-    url = client_url(await postgres_server.create_database(name))
-    await migrate(Settings(database_url=Secret(url), redis_url=Secret("-"), secret=Secret("-")))
-    await watch_lock_order(url)
-    return name
 
 
 @pytest.fixture

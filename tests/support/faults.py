@@ -13,8 +13,10 @@ import asyncpg
 import httpx
 import pytest
 from redis.asyncio import Redis
-from support.process import Api, ServiceProcess, Services, assert_problem, make_template
-from support.stores import require_kafka
+from support.api import Api, assert_problem
+from support.process import ServiceProcess
+from support.services import Services
+from support.stores import make_template, require_kafka
 from support.waiting import eventually
 
 from authd.embedded import KafkaBroker, PostgresServer, RedisServer, fetch_libs
@@ -60,9 +62,7 @@ async def parts(anyio_backend: object, stores_folder: Any) -> AsyncIterator[Faul
         # Durable, so that a kill loses nothing: a wipe is a test of its own.
         RedisServer(folder / "redis", durable=True) as redis,
     ):
-        yield FaultStores(
-            postgres, redis, Services(postgres, redis, await make_template(postgres, redis), NO_ADDRESS_LIMIT)
-        )
+        yield FaultStores(postgres, redis, Services(postgres, redis, await make_template(postgres), NO_ADDRESS_LIMIT))
 
 
 @pytest.fixture(scope="module")

@@ -56,14 +56,14 @@ def topics(name: str) -> dict[str, str]:
     }
 
 
-async def create_topics(broker: KafkaBroker, names: Iterable[str], **config: str) -> None:
-    async with _admin(broker) as admin:
+async def create_topics(servers: str, names: Iterable[str], **config: str) -> None:
+    async with _admin(servers) as admin:
         await admin.create_topics([NewTopic(name, 1, 1, topic_configs=config) for name in names])
 
 
 async def forbid_writing(broker: KafkaBroker, topic: str, *, is_hidden: bool) -> None:
     """`is_hidden`: the topic may not even be seen."""
-    async with _admin(broker) as admin:
+    async with _admin(broker.bootstrap_servers) as admin:
         for operation, permission in ((WRITE, DENY), (DESCRIBE, DENY if is_hidden else ALLOW)):
             request = CreateAclsRequest(TOPIC_RESOURCE, topic, LITERAL, ANYBODY, "*", operation, permission)
             answer = await admin._send_request(request)
@@ -71,21 +71,21 @@ async def forbid_writing(broker: KafkaBroker, topic: str, *, is_hidden: bool) ->
 
 
 async def allow_writing(broker: KafkaBroker, topic: str) -> None:
-    async with _admin(broker) as admin:
+    async with _admin(broker.bootstrap_servers) as admin:
         for operation, permission in ((WRITE, DENY), (DESCRIBE, DENY), (DESCRIBE, ALLOW)):
             request = DeleteAclsRequest(TOPIC_RESOURCE, topic, LITERAL, ANYBODY, "*", operation, permission)
             answer = await admin._send_request(request)
             assert [error for error, *_ in answer.filter_responses] == [0]
 
 
-async def configure_topic(broker: KafkaBroker, name: str, **config: str) -> None:
-    async with _admin(broker) as admin:
+async def configure_topic(servers: str, name: str, **config: str) -> None:
+    async with _admin(servers) as admin:
         await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, name, config)])
 
 
 @asynccontextmanager
-async def _admin(broker: KafkaBroker) -> AsyncIterator[AIOKafkaAdminClient]:
-    client = AIOKafkaAdminClient(bootstrap_servers=broker.bootstrap_servers)
+async def _admin(servers: str) -> AsyncIterator[AIOKafkaAdminClient]:
+    client = AIOKafkaAdminClient(bootstrap_servers=servers)
     await client.start()
     try:
         yield client

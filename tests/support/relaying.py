@@ -8,7 +8,6 @@ from typing import Any
 
 import anyio
 from aiokafka import ConsumerRecord
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from blockbuster import BlockBuster
 from support.deployment import make_ring, unguarded
 from support.settings import settings_over
@@ -197,21 +196,6 @@ async def open_node(
                 await tree.start(services.relay.run)
             yield Node(services)
             tree.cancel_scope.cancel()
-
-
-async def create_topics(settings: Settings, config: dict[str, str], *topics: str) -> None:
-    async with admin_of(settings) as admin:
-        await admin.create_topics([NewTopic(topic, 1, 1, topic_configs=config) for topic in topics])
-
-
-@asynccontextmanager
-async def admin_of(settings: Settings) -> AsyncIterator[AIOKafkaAdminClient]:
-    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap_servers[0])
-    await admin.start()
-    try:
-        yield admin
-    finally:
-        await admin.close()
 
 
 def header(record: ConsumerRecord, name: str) -> str:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from support.api import Api, assert_problem
 from support.faults import TIMEOUTS
-from support.process import Api, ServiceProcess, assert_problem
+from support.process import ServiceProcess
 
 #: Whoever waits for a frozen part answers after its timeout and not before; the others soon, also on a busy machine.
 SLOW_S = float(TIMEOUTS["AUTHD_REDIS_TIMEOUT_S"])

@@ -12,8 +12,11 @@ from pathlib import Path
 import anyio
 import pytest
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from support.lock_order import watch_lock_order
 
+from authd.config import Secret, Settings
 from authd.embedded import KafkaBroker, PostgresServer, RedisCluster, RedisServer, fetch_libs, find_java_and_maven
+from authd.infra.postgres.migrate import migrate
 
 READ_S = 60.0
 
@@ -71,3 +74,22 @@ async def read_topic(bootstrap_servers: str, topic: str) -> list[ConsumerRecord]
                 for batch in (await consumer.getmany(partition, timeout_ms=500)).values():
                     records += batch
     return records
+
+
+@pytest.fixture(scope="session")
+async def database_template(postgres_server: PostgresServer) -> str:
+    return await make_template(postgres_server)
+
+
+async def make_template(postgres: PostgresServer) -> str:
+    """Make a migrated, empty database that watches the order of locks. Return its name."""
+    name = "template_of_tests"
+    url = client_url(await postgres.create_database(name))
+    await migrate(Settings(database_url=Secret(url), redis_url=Secret("-"), secret=Secret("-")))
+    await watch_lock_order(url)
+    return name
+
+
+def client_url(url: str) -> str:
+    # With a password and without TLS, else asyncpg looks for files of the user at each connection.
+    return url.replace("postgres@", "postgres:unused@") + "?sslmode=disable"

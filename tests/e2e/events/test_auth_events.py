@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from aiokafka import ConsumerRecord
-from support.process import Account, Api, ServiceProcess, Services, until_published
+from support.api import Account, Api
+from support.process import ServiceProcess
+from support.services import Services, until_published
 from support.stores import read_topic
 from support.waiting import eventually
 

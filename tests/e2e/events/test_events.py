@@ -11,7 +11,9 @@ import anyio
 import httpx
 import pytest
 from aiokafka import ConsumerRecord
-from support.process import Api, ServiceProcess, Services, until_published
+from support.api import Api
+from support.process import ServiceProcess
+from support.services import Services, until_published
 from support.stores import read_topic
 from support.waiting import eventually
 

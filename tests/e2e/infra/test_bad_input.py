@@ -11,7 +11,8 @@ import anyio
 import httpx
 import pytest
 from anyio.abc import SocketAttribute
-from support.process import Api, ServiceProcess, assert_problem
+from support.api import Api, assert_problem
+from support.process import ServiceProcess
 
 JSON = {"Content-Type": "application/json"}
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}

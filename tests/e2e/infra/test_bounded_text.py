@@ -10,8 +10,10 @@ from urllib.parse import quote
 
 import msgspec
 import pytest
+from support.api import Credentials, assert_problem
 from support.paths import TESTS
-from support.process import Credentials, ServiceProcess, Services, assert_problem
+from support.process import ServiceProcess
+from support.services import Services
 
 from authd.infra.http.reading import FORM_BYTES_MAX
 from authd.infra.text import MARKS_MAX

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from support.process import Services
+from support.services import Services
 
 AN_HOUR_AHEAD = "import time\n_real = time.time\ntime.time = lambda: _real() + 3600\n"
 

@@ -9,7 +9,9 @@ from typing import Any
 import anyio
 import httpx
 import pytest
-from support.process import Api, ServiceProcess, Services, assert_problem, until_published
+from support.api import Api, assert_problem
+from support.process import ServiceProcess
+from support.services import Services, until_published
 from support.stores import read_topic
 from support.waiting import eventually
 

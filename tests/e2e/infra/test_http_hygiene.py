@@ -13,7 +13,9 @@ import anyio
 import httpx
 import pytest
 from anyio.abc import SocketStream
-from support.process import Api, ServiceProcess, Services
+from support.api import Api
+from support.process import ServiceProcess
+from support.services import Services
 from support.waiting import eventually
 
 WITHIN_S = 10.0

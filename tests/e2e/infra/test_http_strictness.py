@@ -9,8 +9,12 @@ from typing import Any
 import anyio
 import httpx
 import pytest
-from support.process import Api, ServiceProcess, Services, assert_problem, free_port
+from support.api import Api, assert_problem
+from support.process import ServiceProcess
+from support.services import Services
 from support.waiting import eventually
+
+from authd.embedded.processes import free_port
 
 WITHIN_S = 10.0
 ORIGIN = "https://app.example.com"

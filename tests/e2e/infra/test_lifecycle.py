@@ -13,7 +13,9 @@ import httpx
 import psutil
 import pytest
 from redis.asyncio import Redis
-from support.process import Account, Api, ServiceProcess, Services, assert_problem
+from support.api import Account, Api, assert_problem
+from support.process import ServiceProcess
+from support.services import Services
 from support.waiting import eventually
 
 from authd.embedded import RedisServer, find_java_and_maven

@@ -19,8 +19,10 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from support.api import Account
 from support.declared import declared_endpoints
-from support.process import Account, ServiceProcess, Services
+from support.process import ServiceProcess
+from support.services import Services
 
 from authd.infra.http.endpoint import Endpoint
 

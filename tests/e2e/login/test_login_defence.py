@@ -8,7 +8,9 @@ from typing import Any
 import anyio
 import bcrypt
 import pytest
-from support.process import Account, Api, ServiceProcess, Services, assert_problem
+from support.api import Account, Api, assert_problem
+from support.process import ServiceProcess
+from support.services import Services
 from support.waiting import eventually
 
 WRONG = "a wrong password"

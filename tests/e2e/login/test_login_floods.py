@@ -15,7 +15,9 @@ from urllib.parse import urlencode
 import anyio
 import httpx
 import pytest
-from support.process import Account, Api, ServiceProcess, Services
+from support.api import Account, Api
+from support.process import ServiceProcess
+from support.services import Services
 from support.waiting import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.proof, pytest.mark.timeout(180)]

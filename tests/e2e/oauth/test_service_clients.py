@@ -10,7 +10,9 @@ import httpx
 import jwt
 import pytest
 from authlib.oauth2.rfc8414 import AuthorizationServerMetadata
-from support.process import Account, Api, Credentials, ServiceProcess, Services, assert_problem
+from support.api import Account, Api, Credentials, assert_problem
+from support.process import ServiceProcess
+from support.services import Services
 from support.waiting import eventually
 
 from authd.embedded import PostgresServer, RedisServer

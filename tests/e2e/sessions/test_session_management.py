@@ -11,7 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
-from support.process import Account, Api, Credentials, ServiceProcess, Services, assert_problem
+from support.api import Account, Api, Credentials, assert_problem
+from support.process import ServiceProcess
+from support.services import Services
 from support.waiting import eventually
 
 FIELDS = {

@@ -11,7 +11,9 @@ import httpx
 import jwt
 import pytest
 from anyio import to_thread
-from support.process import Api, ServiceProcess, Services
+from support.api import Api
+from support.process import ServiceProcess
+from support.services import Services
 from support.waiting import eventually
 
 from authd.embedded.processes import free_port

@@ -16,7 +16,9 @@ from anyio import to_thread
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from support.process import Account, Api, ServiceProcess, Services, assert_problem
+from support.api import Account, Api, assert_problem
+from support.process import ServiceProcess
+from support.services import Services
 from support.waiting import eventually
 
 JWT_SECRET = "the secret that every older service of this team holds"

@@ -9,7 +9,9 @@ from typing import Any
 import jwt
 import pytest
 from anyio import to_thread
-from support.process import Account, Api, ServiceProcess, Services, assert_problem
+from support.api import Account, Api, assert_problem
+from support.process import ServiceProcess
+from support.services import Services
 from support.waiting import eventually
 
 #: So few failures lock an account for everybody but its own devices.

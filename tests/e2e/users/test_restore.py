@@ -2,7 +2,8 @@
 
 import re
 
-from support.process import Services, assert_problem
+from support.api import assert_problem
+from support.services import Services
 
 from authd.embedded import PostgresServer
 from authd.embedded.processes import free_port

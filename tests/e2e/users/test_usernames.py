@@ -1,7 +1,7 @@
 """Which mailboxes are one user, which are two, and which are nobody's: over the wire."""
 
 import pytest
-from support.process import Api, assert_problem
+from support.api import Api, assert_problem
 
 PASSWORD = "correct horse battery"
 WRONG = "wrong horse battery"

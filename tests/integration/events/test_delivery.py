@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from blockbuster import BlockBuster
 from prometheus_client import REGISTRY
-from support.relaying import create_topics
+from support.kafka import create_topics
 from support.stores import read_topic
 from support.waiting import eventually
 
@@ -220,7 +220,9 @@ async def test_postgres_away_loses_nothing(
 async def test_a_refused_event_holds_up_its_user_and_nobody_else(
     settings: Settings, database: Database, kafka_broker: KafkaBroker
 ) -> None:
-    await create_topics(settings, {"max.message.bytes": "2000"}, settings.kafka_registration_topic)
+    await create_topics(
+        settings.kafka_bootstrap_servers[0], [settings.kafka_registration_topic], **{"max.message.bytes": "2000"}
+    )
     poisoned, *others = range(1, 1 + 31 * BUCKETS, BUCKETS)  # in one lane, and in one batch for Kafka
     await add(database, poisoned, 0)
     await add(database, poisoned, 1, padding=5000)
@@ -272,7 +274,7 @@ async def test_a_publisher_drained_while_the_broker_is_away_returns_at_once(
 async def test_a_send_without_an_answer_ends_its_producer_before_it_raises(
     impatient: Settings, kafka_broker: KafkaBroker
 ) -> None:
-    await create_topics(impatient, {}, impatient.kafka_registration_topic)
+    await create_topics(impatient.kafka_bootstrap_servers[0], [impatient.kafka_registration_topic])
     others = asyncio.all_tasks()
     async with used_producer(impatient) as send:
         await kafka_broker.kill()
@@ -288,7 +290,7 @@ async def test_a_send_without_an_answer_ends_its_producer_before_it_raises(
 async def test_a_topic_that_nobody_can_be_asked_about_is_not_said_to_be_missing(
     impatient: Settings, kafka_broker: KafkaBroker
 ) -> None:
-    await create_topics(impatient, {}, impatient.kafka_registration_topic)
+    await create_topics(impatient.kafka_bootstrap_servers[0], [impatient.kafka_registration_topic])
     producer = Producer(impatient.section(KafkaSettings))
     async with anyio.create_task_group() as group:
         await group.start(producer.run)
@@ -302,7 +304,7 @@ async def test_a_topic_that_nobody_can_be_asked_about_is_not_said_to_be_missing(
 
 
 async def test_a_cancelled_send_leaves_nothing_behind(impatient: Settings, kafka_broker: KafkaBroker) -> None:
-    await create_topics(impatient, {}, impatient.kafka_registration_topic)
+    await create_topics(impatient.kafka_bootstrap_servers[0], [impatient.kafka_registration_topic])
     others = asyncio.all_tasks()
     async with used_producer(impatient) as send:
         await kafka_broker.pause()

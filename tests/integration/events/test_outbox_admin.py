@@ -4,11 +4,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from blockbuster import BlockBuster
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
-from support.relaying import Node, admin_of, create_topics, header, make_settings, open_node
+from support.kafka import configure_topic, create_topics
+from support.relaying import Node, header, make_settings, open_node
 from support.stores import read_topic
 from support.waiting import eventually
 
@@ -47,7 +47,9 @@ async def node(settings: Settings, no_blocking: BlockBuster) -> AsyncIterator[No
 async def poisoned(database_url: str, kafka_broker: KafkaBroker) -> Settings:
     """A deployment whose topics take no record above 2000 bytes."""
     settings = make_settings(database_url, "redis://127.0.0.1:1", kafka_broker.bootstrap_servers)
-    await create_topics(settings, {"max.message.bytes": "2000"}, settings.kafka_events_topic)
+    await create_topics(
+        settings.kafka_bootstrap_servers[0], [settings.kafka_events_topic], **{"max.message.bytes": "2000"}
+    )
     return settings
 
 
@@ -106,10 +108,8 @@ async def test_what_was_set_aside_is_sent_after_the_topic_was_mended(
         assert f"{rows[0]}  waits for the broker again" in told.out.splitlines()
         assert told.err == f"authd: Not parked: {2**62}.\n"
         await eventually(lambda: has_parked(node, 2))  # refused and parked again
-        async with admin_of(poisoned) as admin:
-            limit = {"max.message.bytes": "20000"}
-            topic = ConfigResource(ConfigResourceType.TOPIC, poisoned.kafka_events_topic, limit)
-            await admin.alter_configs([topic])
+        limit = {"max.message.bytes": "20000"}
+        await configure_topic(poisoned.kafka_bootstrap_servers[0], poisoned.kafka_events_topic, **limit)
         assert await retry_outbox(poisoned, None) == 0
         await eventually(lambda: has_parked(node, 0))
         await node.until_published()

@@ -10,7 +10,8 @@ from typing import Any
 import asyncpg
 import pytest
 from blockbuster import BlockBuster
-from support.deployment import client_url, together
+from support.deployment import together
+from support.stores import client_url
 
 from authd.config import Secret, Settings
 from authd.embedded import PostgresServer
