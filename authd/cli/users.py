@@ -4,16 +4,12 @@ import argparse
 from functools import partial
 from ipaddress import ip_address
 
-from authd.assembly.keys import build_keeper
 from authd.assembly.postgres import PostgresStores
-from authd.assembly.redis import RedisStores, build_throttle
 from authd.cli.terminal import complain, run, say
 from authd.config import Settings
 from authd.errors import Unavailable
 from authd.infra.postgres.database import open_database
-from authd.infra.redis.client import open_redis
 from authd.infra.tasks.running import running
-from authd.sessions.feed import RevocationFeed
 from authd.users.usernames import username_key
 
 
@@ -58,7 +54,12 @@ async def enable_user(settings: Settings, username: str) -> int:
 
 
 async def unlock_user(settings: Settings, username: str, address: str | None) -> int:
-    """Forget the failures of the account, and of its pair with the address. What stays locked is said."""
+    """Forget the failures of the account, and of its pair with the address. Print what stays locked."""
+    # Redis and the keys' libraries, for which the other commands need not wait.
+    from authd.assembly.keys import build_keeper
+    from authd.assembly.redis import build_throttle
+    from authd.infra.redis.client import open_redis
+
     account = username_key(username)
     async with open_database(settings) as database, open_redis(settings) as redis:
         ring = await build_keeper(settings, PostgresStores(settings, database)).load()
@@ -76,6 +77,10 @@ async def unlock_user(settings: Settings, username: str, address: str | None) ->
 
 
 async def _set_disabled(settings: Settings, username: str, *, disabled: bool) -> int:
+    from authd.assembly.redis import RedisStores
+    from authd.infra.redis.client import open_redis
+    from authd.sessions.feed import RevocationFeed
+
     async with open_database(settings) as database, open_redis(settings) as redis:
         stores = PostgresStores(settings, database)
         row = await stores.disabling.set_disabled(username_key(username), disabled=disabled)
