@@ -7,8 +7,8 @@ import email_validator
 from email_validator import EmailNotValidError, validate_email
 
 from authd.accounts.creation import Creation
-from authd.config import BUCKETS
 from authd.errors import InvalidRequest, RegistrationLimited, Unavailable, UsernameTaken
+from authd.infra.subject import bucket_of_user
 from authd.login.redis import Throttle
 from authd.passwords.formats import check_password
 from authd.passwords.hasher import Admission, Hasher
@@ -60,7 +60,7 @@ class Accounts:
         user = await self._creation.create(username, key, full_name, password_hash)
         if user is None:
             raise UsernameTaken
-        self._on_outbox(user.id % BUCKETS)
+        self._on_outbox(bucket_of_user(user.id))
         return make_profile(user.id, user.username, user.full_name, user.created_at)
 
     async def _hash(self, password: str, address: str) -> str:

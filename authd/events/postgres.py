@@ -8,10 +8,10 @@ from datetime import timedelta
 
 import msgspec
 
-from authd.config import BUCKETS
 from authd.events.contract import Event
 from authd.infra.postgres.database import Connection, Database, Record, milliseconds
 from authd.infra.postgres.queries import load_queries
+from authd.infra.subject import bucket_of_user
 
 _QUERIES = load_queries(__package__)
 #: Rows sent in one transaction.
@@ -134,7 +134,7 @@ async def add_events(connection: Connection, events: Sequence[Event]) -> None:
         _QUERIES["add_event"],
         [
             (
-                event.user_id % BUCKETS,
+                bucket_of_user(event.user_id),
                 event.user_id,
                 event.id,
                 event.channel,

@@ -46,7 +46,7 @@ class ClientRegistry:
         return client
 
     async def authenticate(self, client_id: str | None, secret: str | None) -> None:
-        """Return if the secret is the client's.
+        """Check that the secret is the client's.
 
         :raises InvalidClient, Unavailable:
         """

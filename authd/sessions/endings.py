@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-from authd.config import BUCKETS
 from authd.events.contract import EndingReason
 from authd.events.factory import EventFactory
 from authd.events.postgres import add_events
 from authd.infra.postgres.database import Database
-from authd.infra.subject import Subject
+from authd.infra.subject import Subject, bucket_of_user
 from authd.sessions.postgres import Ending, RevocationWriter, Revoked
 from authd.users.postgres import Users
 
@@ -25,7 +24,7 @@ class Endings:
 
         :raises Unavailable:
         """
-        async with self._database.transaction(bucket=subject.user_id % BUCKETS) as connection:
+        async with self._database.transaction(bucket=bucket_of_user(subject.user_id)) as connection:
             await self._writer.lock_user(connection, subject.user_id)
             for session_id in session_ids:
                 await add_events(connection, self._events.session_ended(subject.user_id, session_id, reason))
@@ -36,7 +35,7 @@ class Endings:
 
         :raises Unavailable:
         """
-        async with self._database.transaction(bucket=subject.user_id % BUCKETS) as connection:
+        async with self._database.transaction(bucket=bucket_of_user(subject.user_id)) as connection:
             epoch = await self._users.raise_epoch(connection, subject)
             return None if epoch is None else await self._writer.end_all(connection, subject, epoch, reason)
 
@@ -48,7 +47,7 @@ class Endings:
 
         :raises Unavailable:
         """
-        async with self._database.transaction(bucket=subject.user_id % BUCKETS) as connection:
+        async with self._database.transaction(bucket=bucket_of_user(subject.user_id)) as connection:
             await self._writer.lock_user(connection, subject.user_id)
             return await self._writer.end_new(connection, _endings(subject, session_ids, reason))
 

@@ -6,13 +6,12 @@ from datetime import timedelta
 
 import msgspec
 
-from authd.config import BUCKETS
 from authd.events.contract import EndingReason, Event
 from authd.events.factory import EventFactory, revocation_record
 from authd.events.postgres import add_events
 from authd.infra.postgres.database import Connection, Database, Record
 from authd.infra.postgres.queries import load_queries
-from authd.infra.subject import Subject
+from authd.infra.subject import Subject, bucket_of_user
 
 _QUERIES = load_queries(__package__)
 #: The first half of the advisory locks' keys; the second is the bucket.
@@ -66,7 +65,7 @@ class RevocationWriter:
 
     async def end_sessions(self, connection: Connection, endings: Sequence[Ending]) -> Revoked:
         """Log at least one ending, of users of one bucket, and return the last row's place."""
-        bucket = endings[0].subject.user_id % BUCKETS
+        bucket = bucket_of_user(endings[0].subject.user_id)
         events = [self._events.revoked(each.subject.user_id, each.session_id, None, each.reason) for each in endings]
         await add_events(connection, [event for group in events for event in group])
         rows = await connection.fetch(
@@ -93,7 +92,7 @@ class RevocationWriter:
     async def end_all(self, connection: Connection, subject: Subject, epoch: int, reason: EndingReason) -> Revoked:
         await add_events(connection, self._events.sessions_ended(subject.user_id, epoch, reason))
         await add_events(connection, self._events.revoked(subject.user_id, None, epoch, reason))
-        bucket = subject.user_id % BUCKETS
+        bucket = bucket_of_user(subject.user_id)
         rows = await connection.fetch(
             _QUERIES["add_epoch_revocation"],
             bucket,

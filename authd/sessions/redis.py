@@ -14,8 +14,8 @@ import msgspec
 from authd.events.redis import event_stream
 from authd.infra.caller import Caller
 from authd.infra.observe import metrics
-from authd.infra.redis.client import RedisClient, bucket_of_user
-from authd.infra.subject import Subject
+from authd.infra.redis.client import RedisClient
+from authd.infra.subject import Subject, bucket_of_user
 from authd.tokens.refresh import PASSWORD_FACTOR, USER_KIND, RefreshToken
 
 #: How long Redis itself remembers an ending that the log in Postgres has: longer than any request in flight.

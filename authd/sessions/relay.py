@@ -7,19 +7,18 @@ any bucket.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Literal
 
 import anyio
 import structlog
 from anyio.abc import TaskStatus
 
-from authd.config import BUCKETS
 from authd.errors import Unavailable
-from authd.events.contract import EndingReason, LoginLocked, SessionChanged, SessionOpened
+from authd.events.contract import EndingReason, EventType, LoginLocked, SessionChanged, SessionOpened
 from authd.events.factory import EventFactory, iso
 from authd.events.redis import EventStreams, StreamEntry
 from authd.infra.encoding import encode_base64url
 from authd.infra.observe import metrics
+from authd.infra.subject import bucket_of_user
 from authd.infra.tasks.work_set import WorkSet
 from authd.sessions.feed import RevocationFeed
 from authd.sessions.postgres import Ending, Relayed, RelayStore
@@ -37,7 +36,7 @@ SWEEP_S = 2.0
 DRAIN_S = 3.0
 
 #: What scripts record of sessions that they ended, with the reason that the log has for it.
-_ENDED_BY: dict[str, tuple[Literal["session.evicted", "session.reuse_detected"], EndingReason]] = {
+_ENDED_BY: dict[str, tuple[EventType, EndingReason]] = {
     "session.evicted": ("session.evicted", "evicted"),
     "session.reuse_detected": ("session.reuse_detected", "reused"),
 }
@@ -117,7 +116,7 @@ class EventRelay:
             entries, is_full = await self._read(bucket)
             revoked = await locked.add([relayed for _, relayed in entries])
         for user_id in {relayed.user_id for _, relayed in entries}:
-            self._on_outbox(user_id % BUCKETS)
+            self._on_outbox(bucket_of_user(user_id))
         if entries:
             await self._streams.delete(bucket, [entry.id for entry, _ in entries])
         for entry, _ in entries:
@@ -175,9 +174,7 @@ class EventRelay:
         )
         return Relayed(entry.user_id, self._events.event("session.opened", entry.user_id, opened, once=sid), None)
 
-    def _session_ended(
-        self, entry: StreamEntry, kind: Literal["session.evicted", "session.reuse_detected"], reason: EndingReason
-    ) -> Relayed:
+    def _session_ended(self, entry: StreamEntry, kind: EventType, reason: EndingReason) -> Relayed:
         subject, sid = entry.subject, encode_base64url(entry.session_id)
         change = SessionChanged(user_id=subject.user_id, session_id=sid, occurred_at=iso(entry.at_ms))
         # An ending without an incarnation is applied to what is left of before there were any.

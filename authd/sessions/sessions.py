@@ -28,8 +28,7 @@ from authd.events.contract import EndingReason
 from authd.events.factory import iso
 from authd.infra.caller import Caller
 from authd.infra.encoding import decode_base64url, encode_base64url
-from authd.infra.redis.client import bucket_of_user
-from authd.infra.subject import Subject
+from authd.infra.subject import Subject, bucket_of_user
 from authd.sessions.endings import Endings
 from authd.sessions.feed import RevocationFeed
 from authd.sessions.redis import Behind, Denied, Live, LiveSession, Opened, Owner, Rotated, SessionStore

@@ -1,7 +1,7 @@
 """Caches profiles: what /auth/me shows, with the version of the row that it came from."""
 
-from authd.infra.redis.client import RedisClient, bucket_of_user
-from authd.infra.subject import Subject
+from authd.infra.redis.client import RedisClient
+from authd.infra.subject import Subject, bucket_of_user
 
 
 class UserCache:

@@ -27,7 +27,7 @@ from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
 from redis.exceptions import ResponseError
 
-from authd.config import BUCKETS, ConfigError, Settings
+from authd.config import ConfigError, Settings
 from authd.errors import Unavailable
 from authd.infra.tasks.breaker import Breaker
 from authd.infra.tasks.deadline import Deadline
@@ -251,10 +251,6 @@ def load_script(package: str, name: str) -> str:
         return (files(f"authd.{other}" if other else package) / f"{include}.lua").read_text("utf-8").rstrip()
 
     return _INCLUDE.sub(read, (files(package) / f"{name}.lua").read_text("utf-8"))
-
-
-def bucket_of_user(user_id: int) -> int:
-    return user_id % BUCKETS
 
 
 @asynccontextmanager
