@@ -12,9 +12,10 @@ import asyncpg
 import httpx
 import psutil
 import pytest
-from support.faults import FaultStores, assert_dead, away, retried, until_ready
-from support.kafka import create_topics, events_in, topics, until_outbox_is_empty
+from support.faults import PUBLISHED_S, FaultStores, assert_dead, away, retried, until_ready
+from support.kafka import create_topics, events_in, topics
 from support.process import ServiceProcess
+from support.services import until_published
 from support.waiting import eventually
 
 from authd.embedded import KafkaBroker
@@ -135,7 +136,7 @@ async def test_a_replica_frozen_in_a_lane_keeps_no_event_for_ever(parts: FaultSt
             assert await stopped.query("SELECT FROM outbox WHERE user_id = $1", account.user_id)
             assert await transactions_of(stopped, "idle in transaction", "%FROM outbox%")
             with anyio.fail_after(LANE_RELEASED_WITHIN_S + 2 * SWEEP_S):
-                await until_outbox_is_empty(healthy)
+                await until_published(healthy, PUBLISHED_S)
             told = await events_in(broker, healthy.topic)
             assert account.user_id in [value["user_id"] for _, value in told]
         finally:

@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import pytest
 from support.api import Api
-from support.faults import KAFKA_SLOW_S, TIMEOUTS, FaultStores, away
+from support.faults import KAFKA_SLOW_S, PUBLISHED_S, TIMEOUTS, FaultStores, away
 from support.kafka import (
     StrictBroker,
     allow_writing,
@@ -17,10 +17,10 @@ from support.kafka import (
     events_in,
     forbid_writing,
     topics,
-    until_outbox_is_empty,
 )
 from support.process import ServiceProcess
 from support.request_matrix import WORKS, new_request_matrix, new_service_client
+from support.services import until_published
 from support.stores import require_kafka
 from support.waiting import eventually
 
@@ -72,14 +72,14 @@ async def test_with_kafka_frozen_every_request_works_and_every_event_arrives_lat
     async with parts.services.running(**settings) as process, process.api() as api:
         client = await new_service_client(process, api)
         first, second = [await new_request_matrix(api, client) for _ in range(2)]
-        await until_outbox_is_empty(process)
+        await until_published(process, PUBLISHED_S)
         async with away(broker, "frozen"):
             await first.play(WORKS)
             await second.play(WORKS)
             assert first.slow(KAFKA_SLOW_S) + second.slow(KAFKA_SLOW_S) == 0
             await eventually(lambda: process.lines("lane_given_up"))
             await until_degraded(api)
-        await until_outbox_is_empty(process)
+        await until_published(process, PUBLISHED_S)
         assert_decks_told(await assert_all_told(process, broker), 2)
 
 
@@ -101,7 +101,7 @@ async def test_a_kafka_that_is_killed_and_comes_back_after_the_whole_run_gets_ev
             # It stops in order with nobody to tell, and what Redis decided is in the outbox too.
             assert await process.stop() == 0
         await process.start()
-        await until_outbox_is_empty(process)
+        await until_published(process, PUBLISHED_S)
         assert_decks_told(await assert_all_told(process, broker), 5)
 
 
@@ -139,7 +139,7 @@ async def test_a_record_that_is_too_large_holds_up_nobody_else(parts: FaultStore
 
         await eventually(others_arrived, 40)
         await configure_topic(broker.bootstrap_servers, process.topic, **{"max.message.bytes": "1000000"})
-        await until_outbox_is_empty(process)
+        await until_published(process, PUBLISHED_S)
         users = [value["user_id"] for _, value in await events_in(broker, process.topic)]
         assert sorted(users) == sorted([large.user_id, *(account.user_id for account in others)])
 
@@ -153,7 +153,7 @@ async def test_events_of_topics_that_are_not_there_wait_for_them(parts: FaultSto
         await matrix.play(WORKS)
         assert matrix.slow(KAFKA_SLOW_S) == 0
         await create_topics(broker.bootstrap_servers, topic_names(process))
-        await until_outbox_is_empty(process)
+        await until_published(process, PUBLISHED_S)
         await assert_all_told(process, broker)
 
 
@@ -190,7 +190,7 @@ async def test_a_topic_that_takes_nothing_holds_up_no_other_and_gets_its_events_
         assert sorted(value["user_id"] for _, value in told) == sorted(account.user_id for account in accounts)
 
         await (create_topics(broker.bootstrap_servers, [bad]) if fault == "missing" else allow_writing(broker, bad))
-        await until_outbox_is_empty(process)
+        await until_published(process, PUBLISHED_S)
         await assert_all_told(process, broker)
         usable = await eventually(lambda: process.lines("topic_usable"))
         assert [line["topic"] for line in usable] == [bad]

@@ -13,9 +13,10 @@ import jwt
 import pytest
 from anyio.abc import TaskStatus
 from support.api import Api
-from support.faults import FaultStores, retried, seeded
-from support.kafka import events_in, topics, until_outbox_is_empty
+from support.faults import PUBLISHED_S, FaultStores, retried, seeded
+from support.kafka import events_in, topics
 from support.process import ServiceProcess
+from support.services import until_published
 
 from authd.embedded import KafkaBroker
 
@@ -130,7 +131,7 @@ async def test_fifty_kills_amid_two_thousand_registrations_lose_no_user_and_no_e
             for _ in range(CLIENTS):
                 group.start_soon(client)
         assert fleet.serving is not None
-        await until_outbox_is_empty(fleet.serving)
+        await until_published(fleet.serving, PUBLISHED_S)
         users = {row["id"]: row["username"] for row in await first.query("SELECT id, username FROM users")}
         assert created.items() <= users.items()
         assert set(users.values()) - set(created.values()) <= set(unknown)
@@ -178,7 +179,7 @@ async def test_over_two_replicas_and_a_bounced_broker_each_users_events_arrive_i
         async with bounced(broker, dice, kills=1), anyio.create_task_group() as group:
             for _ in range(USERS):
                 group.start_soon(live)
-        await until_outbox_is_empty(one)
+        await until_published(one, PUBLISHED_S)
         log = await one.query("SELECT user_id, epoch FROM revocations ORDER BY bucket, number")
         committed: dict[int, list[int]] = defaultdict(list)
         for row in log:

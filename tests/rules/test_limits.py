@@ -10,6 +10,7 @@ from support.paths import TESTS
 
 #: Nothing here takes a tenth of it. A run that does not end by itself fails the test.
 RUN_S = 150
+PLUGINS = ("-p", "support.limits", "-p", "no:cacheprovider")
 
 INI = """
 [pytest]
@@ -155,18 +156,7 @@ def run(folder: Path, tests: str, *options: str) -> "subprocess.CompletedProcess
     (folder / "pytest.ini").write_text(INI)
     (folder / "test_tiny.py").write_text(BACKEND + tests)
     return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "support.limits",
-            "-p",
-            "no:cacheprovider",
-            "-rA",
-            "--tb=short",
-            *options,
-        ],
+        [sys.executable, "-m", "pytest", *PLUGINS, "-rA", "--tb=short", *options],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(TESTS)},
         capture_output=True,

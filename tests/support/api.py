@@ -12,8 +12,6 @@ import httpx
 
 #: Shorter strings could stand in a log by chance.
 SECRET_CHARS_MIN = 8
-
-
 #: A service client's id and secret.
 Credentials = tuple[str, str]
 

@@ -25,23 +25,15 @@ from authd.infra.tasks.breaker import FAILURES_MAX
 
 #: All clients of these tests are one address.
 NO_ADDRESS_LIMIT = {"AUTHD_ADDRESS_MAX_FAILURES": "100000"}
-
-
 #: Shorter than the defaults, so that a frozen part costs the tests less; long enough for a busy machine.
 TIMEOUTS = {"AUTHD_REDIS_TIMEOUT_S": "0.8", "AUTHD_DATABASE_TIMEOUT_S": "1.2", "AUTHD_KAFKA_TIMEOUT_S": "3"}
-
-
 KAFKA_SLOW_S = float(TIMEOUTS["AUTHD_KAFKA_TIMEOUT_S"])
-
-
 #: The requests that may have waited while a part is frozen: those that open the breaker, and those that it lets
 #: through to find out. The health task, and not a request, is mostly the one that does.
 SLOW_MAX = FAILURES_MAX + 3
-
-
+#: For all events, once the stores are back.
+PUBLISHED_S = 60.0
 RETRY_FIRST_S, RETRY_MAX_S = 0.02, 0.5
-
-
 Absence = Literal["killed", "frozen"]
 
 

@@ -6,20 +6,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import anyio
 from aiokafka import ConsumerRecord
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.protocol.admin import CreateAclsRequest, DeleteAclsRequest
 from anyio import to_thread
-from support.process import ServiceProcess
 from support.stores import read_topic
-from support.waiting import eventually
 
 from authd.embedded import KafkaBroker
-
-PUBLISHED_S = 60.0
-
 
 #: Kafka's numbers of what an ACL is about.
 TOPIC_RESOURCE, LITERAL = 2, 3
@@ -91,16 +85,6 @@ async def _admin(servers: str) -> AsyncIterator[AIOKafkaAdminClient]:
         yield client
     finally:
         await client.close()
-
-
-async def until_outbox_is_empty(process: ServiceProcess, within_s: float = PUBLISHED_S) -> None:
-    """Every event that was promised has been acknowledged by the broker."""
-
-    async def is_empty() -> bool:
-        await anyio.sleep(0.1)
-        return not await process.query("SELECT 1 FROM outbox LIMIT 1")
-
-    await eventually(is_empty, within_s)
 
 
 async def events_in(broker: KafkaBroker, topic: str) -> list[tuple[str, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Fixtures: authd as operators run it, a process over the real stores with a database, key prefix and topic of its own.
+"""authd as operators run it: a process over real stores.
 
 A process that ends in order is also read: what it logged holds no traceback and no secret that a test used.
 """
@@ -29,29 +29,13 @@ from support.waiting import eventually
 from authd.embedded.processes import guarded
 
 START_S = 30.0
-
-
 STOP_S = 40.0
-
-
-POLL_S = 0.02
-
-
-ARRIVE_S = 40.0
-
-
 #: How much of a process's output a failure shows.
-TAIL_CHARS = 3000
-
-
+TAIL_CHARS = 4000
 #: What a process needs of its surroundings; no AUTHD_ name, so that no developer's setting has a say.
 INHERITED = {"HOME", "JAVA_HOME", "LANG", "PATH", "PYTHONPATH", "PYTHONSAFEPATH", "TMPDIR", "XDG_CACHE_HOME"}
-
-
 #: In the URL of every database, which trusts anybody: it must stand in no log.
 DATABASE_PASSWORD = "canary-of-the-database"
-
-
 TRACEBACK = re.compile(r'Traceback|"exception"\s*:|"event"\s*:\s*"fault"')
 
 

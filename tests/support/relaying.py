@@ -1,6 +1,7 @@
 """The objects of a replica that carry events, over real stores."""
 
 import secrets
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from authd.assembly.postgres import PostgresStores
 from authd.assembly.redis import RedisStores
 from authd.assembly.services import Intervals, Services
 from authd.config import BUCKETS, Settings
-from authd.events.contract import EndingReason
+from authd.events.contract import EndingReason, Event
 from authd.infra.caller import Caller
 from authd.infra.postgres.database import Database, open_database
 from authd.infra.redis.client import RedisClient, open_redis
@@ -29,7 +30,6 @@ from authd.sessions.relay import EventRelay
 from authd.tokens.refresh import SESSION_ID_BYTES, RefreshToken
 
 PATIENCE_S = 60.0
-POLL_S = 0.02
 CLIENT = Caller("192.0.2.1", "a browser")
 KEY_ID = 1
 
@@ -201,3 +201,16 @@ async def open_node(
 def header(record: ConsumerRecord, name: str) -> str:
     value: bytes = dict(record.headers)[name]
     return value.decode()
+
+
+def make_event(user_id: int, value: bytes = b'{"a": 1}') -> Event:
+    """An event that only the outbox and a broker look at."""
+    return Event(
+        id=uuid.uuid4(),
+        channel="registration",
+        type="user.registered",
+        version=1,
+        user_id=user_id,
+        key=None,
+        value=value,
+    )

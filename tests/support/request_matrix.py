@@ -9,27 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from support.api import Api, assert_problem
+from support.api import Api, Credentials, assert_problem
 from support.faults import TIMEOUTS
 from support.process import ServiceProcess
 
 #: Whoever waits for a frozen part answers after its timeout and not before; the others soon, also on a busy machine.
 SLOW_S = float(TIMEOUTS["AUTHD_REDIS_TIMEOUT_S"])
-
-
 #: No answer takes longer, whatever is frozen. Two stores, one after the other, and a busy machine.
 BOUND_S = 10.0
-
-
 Expected = Mapping[str, tuple[int, str]]
-
-
 USER_STORE = (503, "user_store_unavailable")
-
-
 SESSION_STORE = (503, "session_store_unavailable")
-
-
 #: Every request of the matrix, and its answer while all parts are there.
 WORKS: Expected = {
     "register": (201, ""),
@@ -49,30 +39,22 @@ WORKS: Expected = {
 }
 
 
-# One of each request
-
-
 @dataclass
 class ServiceClient:
     """A registered service client, and a way to ask as it."""
 
     api: Api
-    credentials: tuple[str, str]
+    credentials: Credentials
 
     async def introspect(self, token: str) -> httpx.Response:
-        return await self.api.post("/auth/introspect", data={"token": token}, auth=self.credentials)
+        return await self.api.introspect(self.credentials, token)
 
     async def revoke(self, token: str) -> httpx.Response:
-        return await self.api.post("/auth/revoke", data={"token": token}, auth=self.credentials)
+        return await self.api.revoke(self.credentials, token)
 
 
 async def new_service_client(process: ServiceProcess, api: Api) -> ServiceClient:
-    done = await process.run("clients", "add", "a gateway")
-    assert done.returncode == 0, done.stderr
-    words = dict(line.split("=", 1) for line in done.stdout.splitlines())
-    client_id, secret = words["client_id"], words["client_secret"]
-    process.secrets.add(secret)
-    client = ServiceClient(api, (client_id, secret))
+    client = ServiceClient(api, await process.new_client("a gateway"))
     # From now on this replica believes it for a while, also when Postgres is away.
     assert (await client.introspect("nothing")).json() == {"active": False}
     return client

@@ -8,11 +8,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
-import anyio.abc
 import pytest
 from support.api import Api
-from support.process import ARRIVE_S, DATABASE_PASSWORD, ServiceProcess
-from support.waiting import eventually
+from support.process import DATABASE_PASSWORD, ServiceProcess
+from support.waiting import WITHIN_S, eventually
 
 from authd.config import read_values
 from authd.embedded import PostgresServer, RedisServer
@@ -38,15 +37,9 @@ class Services:
         with tempfile.TemporaryDirectory(prefix="authd-e2e-") as folder:
             process = ServiceProcess(Path(folder), self._settings(name) | settings)
             try:
-                yield process
-                if process.is_running:
-                    assert await process.stop() == 0, process.output[-4000:]
-                await process.check_log()
-            except Exception as error:
-                error.add_note(process.tail)
-                raise
+                async with _ending(process):
+                    yield process
             finally:
-                await process.kill()
                 with anyio.CancelScope(shield=True):
                     await self._postgres.drop_database(name)
 
@@ -64,15 +57,10 @@ class Services:
             replica = ServiceProcess(
                 Path(folder), process.settings | {"AUTHD_BIND": f"127.0.0.1:{free_port()}"} | settings
             )
-            try:
+            async with _ending(replica):
                 if process.is_running:
                     await replica.start()
                 yield replica
-                if replica.is_running:
-                    assert await replica.stop() == 0, replica.output[-4000:]
-                await replica.check_log()
-            finally:
-                await replica.kill()
 
     def _settings(self, name: str) -> dict[str, str]:
         url = self._postgres.database_url(name).replace("postgres@", f"postgres:{DATABASE_PASSWORD}@")
@@ -86,6 +74,21 @@ class Services:
             "AUTHD_SECRET": secrets.token_urlsafe(48),
             "AUTHD_KAFKA_REGISTRATION_TOPIC": name,
         }
+
+
+@asynccontextmanager
+async def _ending(process: ServiceProcess) -> AsyncIterator[None]:
+    """After the body stop the process in order, unless it has ended, and read its log; kill it in any case."""
+    try:
+        yield
+        if process.is_running:
+            assert await process.stop() == 0, "it did not end in order"
+        await process.check_log()
+    except Exception as error:
+        error.add_note(process.tail)
+        raise
+    finally:
+        await process.kill()
 
 
 @pytest.fixture(scope="session")
@@ -106,10 +109,12 @@ async def api(service: ServiceProcess) -> AsyncIterator[Api]:
         yield client
 
 
-async def until_published(process: ServiceProcess) -> None:
+async def until_published(process: ServiceProcess, within_s: float = WITHIN_S) -> None:
     """Wait until its outbox is empty: every event has been acknowledged by the broker."""
 
     async def is_empty() -> bool:
+        # Each look is a connection of its own to Postgres.
+        await anyio.sleep(0.1)
         return not await process.query("SELECT 1 FROM outbox LIMIT 1")
 
-    await eventually(is_empty, ARRIVE_S)
+    await eventually(is_empty, within_s)

@@ -11,6 +11,7 @@ import pytest
 from blockbuster import BlockBuster
 from prometheus_client import REGISTRY
 from support.kafka import create_topics
+from support.relaying import make_event
 from support.stores import read_topic
 from support.waiting import eventually
 
@@ -239,7 +240,7 @@ async def test_a_refused_event_holds_up_its_user_and_nobody_else(
 
 
 async def test_an_event_of_an_unknown_channel_waits_for_a_newer_replica(settings: Settings, database: Database) -> None:
-    newer = msgspec.structs.replace(make_event(1, 0), channel="from-the-future")
+    newer = msgspec.structs.replace(numbered(1, 0), channel="from-the-future")
     async with database.transaction() as connection:
         await add_events(connection, [newer])
     await add(database, 1 + BUCKETS, 0)
@@ -279,7 +280,7 @@ async def test_a_send_without_an_answer_ends_its_producer_before_it_raises(
     async with used_producer(impatient) as send:
         await kafka_broker.kill()
         with pytest.raises(BrokerAway), anyio.fail_after(3 * IMPATIENCE_S):
-            await send(make_event(1, 1))
+            await send(numbered(1, 1))
     # Nothing of aiokafka is left that could still send the record.
     await anyio.wait_all_tasks_blocked()
     assert asyncio.all_tasks() - others == set()
@@ -298,7 +299,7 @@ async def test_a_topic_that_nobody_can_be_asked_about_is_not_said_to_be_missing(
             await producer.wait_connected()
         await kafka_broker.pause()
         with pytest.raises(BrokerAway):
-            await producer.send(make_record(make_event(1, 0), f"{impatient.kafka_registration_topic}.other", b"key"))
+            await producer.send(make_record(numbered(1, 0), f"{impatient.kafka_registration_topic}.other", b"key"))
         assert not await producer.has_topic(impatient.kafka_registration_topic)
         group.cancel_scope.cancel()
 
@@ -308,9 +309,9 @@ async def test_a_cancelled_send_leaves_nothing_behind(impatient: Settings, kafka
     others = asyncio.all_tasks()
     async with used_producer(impatient) as send:
         await kafka_broker.pause()
-        native = asyncio.ensure_future(send(make_event(1, 1)))
+        native = asyncio.ensure_future(send(numbered(1, 1)))
         with anyio.move_on_after(0.2):
-            await send(make_event(1, 2))
+            await send(numbered(1, 2))
         native.cancel()
         await asyncio.wait([native])
     await anyio.wait_all_tasks_blocked()
@@ -320,8 +321,8 @@ async def test_a_cancelled_send_leaves_nothing_behind(impatient: Settings, kafka
 async def test_a_record_too_large_for_any_broker_is_refused_and_the_producer_stays(settings: Settings) -> None:
     async with used_producer(settings) as send:
         with pytest.raises(RecordRefused):
-            await send(make_event(1, 1, padding=2_000_000))
-        await send(make_event(1, 2))
+            await send(numbered(1, 1, padding=2_000_000))
+        await send(numbered(1, 2))
     assert await numbers_by_user(settings) == {1: [0, 2]}
 
 
@@ -344,7 +345,7 @@ async def used_producer(settings: Settings) -> AsyncIterator[Callable[[Event], C
         await group.start(producer.run)
         with anyio.fail_after(ARRIVE_S):
             await producer.wait_connected()
-        await send(make_event(1, 0))
+        await send(numbered(1, 0))
         yield send
         group.cancel_scope.cancel()
 
@@ -361,22 +362,13 @@ async def publisher(settings: Settings, **intervals: float) -> AsyncIterator[Pub
         group.cancel_scope.cancel()
 
 
-def make_event(user_id: int, number: int, padding: int = 0) -> Event:
-    value = json.dumps({"user_id": user_id, "number": number, "padding": "x" * padding}).encode()
-    return Event(
-        id=uuid.uuid4(),
-        channel="registration",
-        type="user.registered",
-        version=1,
-        user_id=user_id,
-        key=None,
-        value=value,
-    )
+def numbered(user_id: int, number: int, padding: int = 0) -> Event:
+    return make_event(user_id, json.dumps({"user_id": user_id, "number": number, "padding": "x" * padding}).encode())
 
 
 async def add(database: Database, user_id: int, number: int, padding: int = 0) -> None:
     async with database.transaction() as connection:
-        await add_events(connection, [make_event(user_id, number, padding)])
+        await add_events(connection, [numbered(user_id, number, padding)])
 
 
 async def first_deliveries(settings: Settings) -> dict[int, list[int]]:

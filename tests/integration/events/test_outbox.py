@@ -1,10 +1,13 @@
 import uuid
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from functools import partial
 
 import anyio
 import pytest
 from blockbuster import BlockBuster
+from support.deployment import answers
+from support.relaying import make_event
 from support.waiting import eventually
 
 from authd.config import BUCKETS, Settings, parse_settings
@@ -180,25 +183,9 @@ async def test_an_outbox_without_its_database_says_that_it_is_unavailable(
                     pytest.fail("a frozen server gave a lane")
     finally:
         await postgres_server.resume()
-    with anyio.fail_after(SOON_S):
-        while True:
-            try:
-                assert await outbox.waiting_lanes() == []
-                break
-            except Unavailable:  # the breaker looks again after a second
-                await anyio.sleep(0.05)
-
-
-def make_event(user_id: int) -> Event:
-    return Event(
-        id=uuid.uuid4(),
-        channel="registration",
-        type="user.registered",
-        version=1,
-        user_id=user_id,
-        key=None,
-        value=b'{"a": 1}',
-    )
+    # The breaker looks again after a second.
+    await eventually(partial(answers, outbox.waiting_lanes), SOON_S)
+    assert await outbox.waiting_lanes() == []
 
 
 async def add(database: Database, event: Event) -> None:

@@ -14,6 +14,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from anyio import to_thread
 from redis.asyncio import Redis
 from redis.asyncio import RedisCluster as ClusterClient
+from support.waiting import eventually
 
 from authd.embedded import KafkaBroker, PostgresServer, RedisCluster, RedisServer, StoreError, processes
 from authd.embedded.processes import is_alive
@@ -111,9 +112,11 @@ async def test_the_stores_of_a_killed_owner_are_replaced(tmp_path: Path, death_s
     await to_thread.run_sync(owner.communicate)
     try:
         if death_signal and sys.platform == "linux":
-            with anyio.fail_after(ORPHANED_S):
-                while await to_thread.run_sync(_live, orphans):  # noqa: ASYNC110
-                    await anyio.sleep(0.05)
+
+            async def are_gone() -> bool:
+                return not await to_thread.run_sync(_live, orphans)
+
+            await eventually(are_gone, ORPHANED_S)
         async with PostgresServer(tmp_path / "postgres") as postgres, RedisServer(tmp_path / "redis") as redis:
             assert await _query(postgres, "SELECT 1") == 1
             assert {postgres.pid, redis.pid}.isdisjoint(process.pid for process in orphans)

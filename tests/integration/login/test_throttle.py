@@ -473,9 +473,7 @@ async def test_an_abandoned_script_does_not_act_after_its_deadline(tmp_path: Pat
             assert await state(raw, deployment) == before
             # It is settled now, in time: the client's clock of this Redis is right again. The breaker takes a moment to
             # believe it.
-            with anyio.fail_after(10):
-                while not await answers(client.ping):  # noqa: ASYNC110
-                    await anyio.sleep(0.05)
+            await eventually(partial(answers, client.ping), 10)
             await throttle.settle(attempt, FAILED)
             assert {fields[b"n"] for fields in (await state(raw, deployment)).values()} == {b"1"}
 
